@@ -6,13 +6,12 @@
 __all__ = ['hidden_distance', 'hidden_mse', 'hidden_cosine', 'similarity', 'attention_kl', 'linear_cka', 'rkd_distance_loss',
            'rkd_angle_loss', 'info_nce', 'contrastive_loss']
 
-# %% ../nbs/foundations/representations.ipynb #9ad728f7
+# %% ../nbs/foundations/representations.ipynb #fa331e25
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import (_check_choice, _check_mask, _check_same_shape, _check_temperature, _float, _reduce, cross_entropy, forward_kl,
-                           masked_mean)
+from .losses import _check_choice, _check_mask, _check_shape, _check_temperature, _float, _reduce, cross_entropy, forward_kl, masked_mean
 
 # %% ../nbs/foundations/representations.ipynb #71da97c0
 def _unit(x: Tensor) -> Tensor:
@@ -20,7 +19,7 @@ def _unit(x: Tensor) -> Tensor:
     norm = x.norm(dim=-1, keepdim=True)
     return x / torch.where(norm > 1e-12, norm, 1)
 
-# %% ../nbs/foundations/representations.ipynb #0290658c
+# %% ../nbs/foundations/representations.ipynb #3f8ac9b4
 def hidden_distance(student_hidden: Tensor, teacher_hidden: Tensor, *, kind: str = "mse", normalize: bool = False, mask: Tensor | None = None,
                     weights: Tensor | None = None, reduction: str = "mean", empty: str = "zero") -> Tensor:
     """The mean distance of paired vectors (..., D), a scalar; `reduction="none"` gives one distance a pair (...), 0 where masked.
@@ -29,9 +28,9 @@ def hidden_distance(student_hidden: Tensor, teacher_hidden: Tensor, *, kind: str
     "l2" Euclidean distance, "cosine" 1 - cosine. `normalize` scales both vectors to unit length first. `mask` (...) bool, `weights` (...).
     ValueError: shapes differ (project first), an unknown kind, a wrong mask, `weights` together with `reduction="none"`.
     """
-    _check_same_shape("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    _check_shape("teacher_hidden", teacher_hidden, student_hidden.shape)
     _check_choice("kind", kind, ("mse", "sse", "mae", "l2", "cosine"))
-    _check_mask(mask, student_hidden.shape[:-1])
+    _check_mask("mask", mask, student_hidden.shape[:-1])
     student_hidden, teacher_hidden = _float(student_hidden), _float(teacher_hidden)
     if mask is not None:
         student_hidden, teacher_hidden = (torch.where(mask[..., None], x, 0) for x in (student_hidden, teacher_hidden))
@@ -69,7 +68,7 @@ def similarity(a: Tensor, b: Tensor | None = None, *, normalize: bool = True) ->
         a, b = _unit(a), _unit(b)
     return a @ b.transpose(-1, -2)
 
-# %% ../nbs/foundations/representations.ipynb #b2593f4f
+# %% ../nbs/foundations/representations.ipynb #f6a2931a
 def attention_kl(student_log_attention: Tensor, teacher_log_attention: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(teacher ‖ student) of attention rows, the mean over heads and counted queries, a scalar.
 
@@ -80,9 +79,9 @@ def attention_kl(student_log_attention: Tensor, teacher_log_attention: Tensor, m
         raise ValueError(f"student_log_attention must have shape (B, A, T, T), got {tuple(student_log_attention.shape)}")
     if mask is not None:
         batch, heads, queries, _ = student_log_attention.shape
-        _check_mask(mask, (batch, queries))
+        _check_mask("mask", mask, (batch, queries))
         mask = mask[:, None].expand(batch, heads, queries)
-    _check_same_shape("teacher_log_attention", teacher_log_attention, "student_log_attention", student_log_attention)
+    _check_shape("teacher_log_attention", teacher_log_attention, student_log_attention.shape)
     return forward_kl(student_log_attention, teacher_log_attention, mask=mask)
 
 # %% ../nbs/foundations/representations.ipynb #8241cd75
@@ -173,7 +172,7 @@ def _expand_pairs(name: str, pairs: Tensor, scores: Tensor) -> Tensor:
         raise ValueError(f"{name} must be a bool tensor of shape {tuple(scores.shape[-2:])}, got {pairs.dtype} of shape {tuple(pairs.shape)}")
     return pairs.expand(scores.shape)
 
-# %% ../nbs/foundations/representations.ipynb #4e751589
+# %% ../nbs/foundations/representations.ipynb #9d1cbaff
 def contrastive_loss(scores: Tensor, positives: Tensor, *, candidates: Tensor | None = None, anchors: Tensor | None = None,
                      denominator: str = "all", average: str = "anchors", empty: str = "zero") -> Tensor:
     """The mean of -log(exp(s) / Z) over positive pairs, for any number of positives an anchor, a scalar.
@@ -191,7 +190,7 @@ def contrastive_loss(scores: Tensor, positives: Tensor, *, candidates: Tensor | 
     scores, positives = _float(scores), _expand_pairs("positives", positives, scores)
     candidates = torch.ones_like(positives) if candidates is None else _expand_pairs("candidates", candidates, scores)
     if anchors is not None:
-        _check_mask(anchors, scores.shape[:-1], "anchors")
+        _check_mask("anchors", anchors, scores.shape[:-1])
         positives = positives & anchors[..., None]
     others = candidates | positives if denominator == "all" else candidates & ~positives
     log_z = torch.where(others, scores, -torch.inf).logsumexp(-1, keepdim=True)  # (..., N, 1)
