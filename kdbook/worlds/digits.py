@@ -17,7 +17,7 @@ from .common import Rows, check_choice, check_knobs, concatenate, stream_rng
 
 WORLD_VERSION = 1
 
-# %% ../../nbs/worlds/digits.ipynb #747b85e7
+# %% ../../nbs/worlds/digits.ipynb #1bc6337b
 @dataclass(frozen=True, eq=False, repr=False)
 class Set(Rows):
     """Pictures with labels: x (N, 64) float32, y (N,) label to learn, digit (N,) true digit or -1, index (N,) place in the original file or -1, domain (N,)."""
@@ -42,8 +42,9 @@ class Set(Rows):
         ValueError: an `n` below 0 or above the number of pictures of some digit.
         """
         classes, inverse, counts = np.unique(self.digit, return_inverse=True, return_counts=True)
-        if n < 0 or n > counts.min(initial=n):
-            raise ValueError(f"n must be between 0 and {counts.min(initial=0)}, the smallest number of pictures of a digit, got {n}")
+        smallest = int(counts.min()) if len(counts) else 0
+        if not 0 <= n <= smallest:
+            raise ValueError(f"n must be between 0 and {smallest}, the smallest number of pictures of a digit, got {n}")
         order = np.argsort(inverse, kind="stable")
         rank = np.empty(len(self), dtype=np.int64)
         rank[order] = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)
