@@ -172,7 +172,7 @@ def info_nce(queries: Tensor, keys: Tensor, targets: Tensor | None = None, *, te
     loss = cross_entropy(scores, targets)
     return (loss + cross_entropy(scores.transpose(-1, -2), targets)) / 2 if symmetric else loss
 
-# %% ../nbs/foundations/representations.ipynb #65216f70
+# %% ../nbs/foundations/representations.ipynb #7255c45f
 def contrastive_loss(scores: Tensor, positives: Tensor, *, candidates: Tensor | None = None, anchors: Tensor | None = None,
                      denominator: str = "all", average: str = "anchors", empty: str = "zero") -> Tensor:
     """The mean of -log(exp(s) / Z) over positive pairs, for any number of positives an anchor, a scalar.
@@ -192,8 +192,8 @@ def contrastive_loss(scores: Tensor, positives: Tensor, *, candidates: Tensor | 
     _check_mask("anchors", anchors, scores.shape[:-1])
     others = candidates | positives if denominator == "all" else candidates & ~positives
     log_z = torch.where(others, scores, -torch.inf).logsumexp(-1, keepdim=True)  # (..., N, 1)
-    gap = torch.where(positives, scores, 0) - torch.where(log_z > -torch.inf, log_z, 0)  # (..., N, M)
-    losses = -gap if denominator == "all" else torch.where(log_z > -torch.inf, -F.logsigmoid(gap), 0)
+    gap = torch.where(positives, scores, 0) - log_z  # (..., N, M)
+    losses = -gap if denominator == "all" else -F.logsigmoid(gap)
     counted = positives if anchors is None else positives & anchors[..., None]
     if average == "pairs":
         return masked_mean(losses, counted, empty=empty)
