@@ -8,11 +8,11 @@ __all__ = ['TASKS', 'decoder', 'ParameterCount', 'parameter_count', 'flop_count'
            'SmallConvNet', 'ResNet', 'small_resnet', 'resnet18', 'GRUDecoder', 'moe_decoder', 'active_parameter_count',
            'pretrained']
 
-# %% ../nbs/foundations/models.ipynb #f8db5bcd
+# %% ../nbs/foundations/models.ipynb #c7732705
 import contextlib
 import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ def parameter_count(model: nn.Module) -> ParameterCount:
     return ParameterCount(total=sum(p.numel() for p in parameters), trainable=sum(p.numel() for p in parameters if p.requires_grad),
                           embedding=sum(tables.values()))
 
-# %% ../nbs/foundations/models.ipynb #720f1f57
+# %% ../nbs/foundations/models.ipynb #b301d36f
 def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
     batch, heads, queries, size = query
     return 2 * batch * heads * queries * key[-2] * (size + value[-1])
@@ -91,20 +91,22 @@ def _grouped_product_flops(left, right, *args, out_shape=None, **kwargs) -> int:
     return 2 * left[-2] * left[-1] * right[-1]
 
 
-def flop_count(model: nn.Module, *inputs, **keywords) -> int:
-    """Floating-point operations of one forward pass `model(*inputs, **keywords)`, two for each multiply-add, for the whole batch.
+def flop_count(model: Callable, *inputs, **keywords) -> int:
+    """Floating-point operations of one call `model(*inputs, **keywords)`, two for each multiply-add, for the whole batch.
 
     Matrix products, convolutions and attention count; element-wise work does not. Attention counts all pairs of positions, masked or not.
-    The model runs in eval mode without gradients and is left as it was.
+    `model` is a module, which runs in eval mode and is left as it was, or any function. No gradients are recorded.
     """
     from torch.utils.flop_counter import FlopCounterMode
     unknown = {"_scaled_dot_product_flash_attention_for_cpu": _attention_flops, "_grouped_mm": _grouped_product_flops}
     formulas = {getattr(torch.ops.aten, name): formula for name, formula in unknown.items() if hasattr(torch.ops.aten, name)}
-    training = {module: module.training for module in model.modules()}
+    training = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     try:
+        for module in training:
+            module.training = False
         with torch.no_grad(), counter:
-            model.eval()(*inputs, **keywords)
+            model(*inputs, **keywords)
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -464,7 +466,7 @@ def resnet18(num_classes: int, *, channels: int = 3, seed: int | None = None) ->
     """A ResNet-18 with a stem for pictures of 32 to 64 pixels: 3x3 convolution with stride 1, no pooling."""
     return ResNet(num_classes, channels=channels, widths=(64, 128, 256, 512), blocks=2, seed=seed)
 
-# %% ../nbs/foundations/models.ipynb #05fc2fad
+# %% ../nbs/foundations/models.ipynb #b369ff81
 class GRUDecoder(nn.Module):
     """A recurrent language model that starts from a vector: ids (B, T), state (B, width) -> logits (B, T, V), state (B, width) after the last token.
 
@@ -482,6 +484,12 @@ class GRUDecoder(nn.Module):
     def forward(self, input_ids: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         hidden, last = self.recurrent(self.embedding(input_ids), state[None].contiguous())
         return self.head(hidden), last[0]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
 
 # %% ../nbs/foundations/models.ipynb #754642e6
 def moe_decoder(vocab_size: int, *, width: int = 64, layers: int = 2, heads: int = 4, experts: int = 4, active: int = 2, max_length: int = 128,
