@@ -105,7 +105,7 @@ class Progress:
             self.bars.remove_task(self.tasks.pop(id(job)))
         self.bars.advance(self.all)
 
-# %% ../../nbs/book/cli.ipynb #1835514a
+# %% ../../nbs/book/cli.ipynb #e25864c8
 def read_options(pairs, file: Optional[Path]) -> dict:
     """The values of -p name=value options, on top of those of a YAML file. ValueError: an option without "=" or a file that is not flat."""
     from kdbook.book.chapters import read_values
@@ -131,7 +131,7 @@ def report_outcome(outcome) -> None:
 
 
 @app.command()
-def run(names: Annotated[Optional[list[str]], typer.Argument(metavar="[CHAPTER|PART]...", help="What to run, such as llm/taid, taid or llm.")] = None,
+def run(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER|PART", help="What to run, such as llm/taid, taid or llm.")] = None,
         everything: Annotated[bool, typer.Option("--all", help="Run every chapter.")] = False,
         preset: Annotated[str, typer.Option(help="tiny, real or paper.")] = "tiny",
         parameter: Annotated[Optional[list[str]], typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Change a parameter; may be repeated.")] = None,
@@ -189,12 +189,12 @@ def shown_path(path: Path) -> str:
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-# %% ../../nbs/book/cli.ipynb #db92df47
+# %% ../../nbs/book/cli.ipynb #aded5b69
 COLOURS = {"reproduced": "green", "contradicted": "red", "inconclusive": "yellow", "one seed": "dim"}
 
 
 @app.command()
-def report(names: Annotated[Optional[list[str]], typer.Argument(metavar="[CHAPTER|PART]...", help="What to report; default: all chapters.")] = None,
+def report(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER|PART", help="What to report; default: all chapters.")] = None,
            preset: Annotated[str, typer.Option(help="tiny, real or paper.")] = "tiny",
            form: Annotated[str, typer.Option("--format", help="table, markdown or csv.")] = "table",
            write: Annotated[bool, typer.Option("--write", help="Put the rows into results/ledger.csv.")] = False) -> None:

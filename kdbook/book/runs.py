@@ -135,9 +135,10 @@ def run_folder(chapter: Chapter, preset: str, values: dict, runs: Path) -> Path:
     """The folder of a run's executed notebook."""
     return runs / preset / chapter.id / variant(chapter, preset, values)
 
-# %% ../../nbs/book/runs.ipynb #0929c11b
+# %% ../../nbs/book/runs.ipynb #63eb1ad5
 _kernels: dict[int, object] = {}  # running kernels by process id, so that Ctrl-C can end them
 _kernels_lock = threading.Lock()
+_stopping = threading.Event()  # set while Ctrl-C ends the runs: a kernel that dies then is no failure
 
 
 def kernel_environment(threads: int, root: Path) -> dict[str, str]:
@@ -252,7 +253,7 @@ def describe_failure(chapter: Chapter, error) -> str:
     origin = f" (from {inner[-1][0]}, line {inner[-1][1]})" if inner else ""
     return f"{chapter.id}: {where}, line {number}: {code}\n{error.ename}: {_ANSI.sub('', error.evalue)}{origin}"
 
-# %% ../../nbs/book/runs.ipynb #deb24b24
+# %% ../../nbs/book/runs.ipynb #13fd441d
 def _git(root: Path) -> dict:
     """The commit of a checkout and whether files differ from it; empty outside of git."""
     def ask(*words):
@@ -372,6 +373,8 @@ def _make(chapter, preset, values, seed, folder, target, key, source, kind, thre
             os.replace(executed, failed)
             raise RunError(f"{describe_failure(chapter, error)}\nthe failed notebook: {failed}", failed) from None
         except DeadKernelError as error:
+            if _stopping.is_set():
+                raise RunError(f"{chapter.id}: stopped") from None
             if executed.is_file():
                 os.replace(executed, failed)
             peak = f" at {state['memory']:.0f} MiB" if state.get("memory") else ""
@@ -401,7 +404,7 @@ def _make(chapter, preset, values, seed, folder, target, key, source, kind, thre
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-# %% ../../nbs/book/runs.ipynb #19f8de04
+# %% ../../nbs/book/runs.ipynb #e7e19078
 @dataclass(frozen=True)
 class Job:
     """A run to be made."""
@@ -473,9 +476,11 @@ def run_all(jobs: list[Job], *, workers: int = 1, runs: Path | str | None = None
         for future in futures:
             future.cancel()
         if own:
+            _stopping.set()
             while any(not future.done() for future in futures):
                 end_kernels()
                 time.sleep(0.1)
+            _stopping.clear()
         raise
     finally:
         if own:

@@ -66,7 +66,7 @@ def reverse_kl_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
     _check(student_logits, teacher_logits, 1.0, mask)
     return reverse_kl(student_logits.float(), teacher_logits.detach().float(), temperature=temperature, mask=None if mask is None else mask.bool(), empty="error")
 
-# %% ../../nbs/llm/taid.ipynb #f3486d65
+# %% ../../nbs/llm/taid.ipynb #0a333ee7
 class TAIDScheduler:
     """The interpolation parameter t over the steps of a run: `t` is the current value, `momentum` the running mean of the loss's relative fall.
 
@@ -99,7 +99,7 @@ class TAIDScheduler:
         elif math.isfinite(self.previous_loss):
             fall = (self.previous_loss - loss) / (self.previous_loss + 1e-15)
             self.momentum = self.beta * self.momentum + (1 - self.beta) * fall
-            ahead = self.t + self.alpha * (1 - self.t) / (1 + math.exp(-self.momentum))
+            ahead = self.t + self.alpha * (1 - self.t) * 0.5 * (1 + math.tanh(self.momentum / 2))  # the logistic function, without overflow
             self.t = min(self.t_end, max(line, ahead))
         self.previous_loss = loss
         return self.t
