@@ -43,6 +43,7 @@ setup(
     packages=find_packages(include=["kdbook", "kdbook.*"]),
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
+    package_data={settings["lib_name"]: ["registry/*.json"]},
     entry_points={"console_scripts": settings["console_scripts"].split("\n")},
     cmdclass={"build_py": BuildWithBook},
     zip_safe=False,

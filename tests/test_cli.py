@@ -126,3 +126,28 @@ def test_a_reader_that_stops_listening_is_no_error(book):
     code = "import sys; sys.argv = ['kdbook', 'list', '--all']; from kdbook.book.cli import main; main()"
     done = subprocess.run(f'"{sys.executable}" -c "{code}" | true', shell=True, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_data_list_get_and_verify(book, real_data, tmp_path):
+    code, out, _ = kdbook("data", "list", "--hub")
+    assert code == 0 and "sst2" in out and "cached" in out and "CC-BY" in out and "hub:" in out and str(real_data) in out
+    code, out, _ = kdbook("data", "verify", "sst2", "digits")
+    assert code == 0 and "sst2: 3 ok" in out
+    code, out, err = kdbook("data", "get", "sst2")
+    assert code == 0 and "sst2: 3 files" in out and "Commercial use is not granted" in out + err
+    for words, message in ((["get"], "or give --all"), (["get", "sst"], "did you mean sst2"), (["get", "sst2", "--jobs", "0"], "--jobs must be"), (["verify", "nope"], "there are: ")):
+        code, out, err = kdbook("data", *words)
+        assert code == 2 and message in err
+
+
+def test_data_that_is_absent_or_broken_is_exit_code_1(book, shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDBOOK_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    code, _, err = kdbook("data", "get", "sst2")
+    assert code == 1 and "kdbook data get sst2" in err and "SHA-256" in err
+    (tmp_path / "cache" / "sst2").mkdir(parents=True, exist_ok=True)
+    for name in ("train", "dev", "test"):
+        (tmp_path / "cache" / "sst2" / f"{name}.tsv").write_text("changed")
+    code, _, err = kdbook("data", "verify", "sst2")
+    assert code == 1 and "train.tsv: wrong length" in err

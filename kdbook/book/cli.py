@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'COLOURS', 'TEMPLATE', 'QUARTO', 'console', 'complain', 'wrong_use', 'list_chapters', 'Progress',
-           'read_options', 'report_outcome', 'run', 'shown_path', 'report', 'new_notebook', 'new', 'doctor', 'main']
+           'read_options', 'report_outcome', 'run', 'shown_path', 'report', 'new_notebook', 'new', 'size_text',
+           'data_list', 'data_get', 'data_verify', 'doctor', 'main']
 
 # %% ../../nbs/book/cli.ipynb #069f506c
 import os
@@ -315,6 +316,82 @@ def new(chapter: Annotated[str, typer.Argument(metavar="PART/CHAPTER", help="Suc
         complain(f"kdbook: cannot write {path}: {error.strerror}")
         raise typer.Exit(1)
     print(f"{shown_path(path)}\nnext: kdbook run {chapter} · edit it with `jupyter lab {shown_path(path)}` · export it with `nbdev_export`")
+
+# %% ../../nbs/book/cli.ipynb #7309b5a6
+def size_text(count: int | None) -> str:
+    """A number of bytes as a person reads it."""
+    if count is None:
+        return "unknown"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+
+
+@data_app.command("list")
+def data_list(hub: Annotated[bool, typer.Option("--hub", help="Show the data sets of the Hugging Face hub that paper presets name, too.")] = False) -> None:
+    """Show every data set with size, licence, citation and whether it is cached."""
+    from kdbook.data import cache_folder, data_sets, hub_sets
+    everything = data_sets() + (hub_sets() if hub else [])
+    width = max(len(item.name) for item in everything)
+    for item in everything:
+        languages = ", ".join(item.languages) if len(item.languages) <= 12 else f"{len(item.languages)} languages"
+        print(f"{item.name:{width}}  {'cached' if item.cached else 'not cached':10}  {size_text(item.bytes):>8}  {item.licence}" + (f"  ({languages})" if languages else ""))
+        print(f"{'':{width}}  {item.citation}")
+    print(f"cache: {cache_folder()} (set KDBOOK_DATA to use another folder)")
+
+
+@data_app.command("get")
+def data_get(names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME", help="Data sets to download.")] = None,
+             everything: Annotated[bool, typer.Option("--all", help="Download all of them.")] = False,
+             jobs: Annotated[int, typer.Option("--jobs", "-j", help="How many files at the same time.")] = 8) -> None:
+    """Download data sets; a broken download continues where it stopped."""
+    from kdbook.data import MissingData, WrongHash, cache_folder, data_sets, get
+    known = {item.name: item for item in data_sets()}
+    try:
+        if everything == bool(names):
+            raise ValueError("name data sets to download, or give --all" if not names else "give either names or --all, not both")
+        if jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {jobs}")
+        for name in names or []:
+            if name not in known:
+                close = nearest(name, known)
+                raise ValueError(f"unknown data set {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else "") + f"\nthere are: {', '.join(known)}")
+    except ValueError as error:
+        raise wrong_use(error)
+    failed = 0
+    for name in names or known:
+        item = known[name]
+        print(f"{name}: {item.files} files, {size_text(item.bytes)}", flush=True)
+        try:
+            get(name, progress=sys.stderr.isatty(), jobs=jobs)
+        except (MissingData, WrongHash, OSError) as error:
+            complain(f"kdbook: {error}")
+            failed += 1
+    if failed:
+        raise typer.Exit(1)
+    print(f"in {cache_folder()}")
+
+
+@data_app.command("verify")
+def data_verify(names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME", help="Data sets to verify; default: all that are cached.")] = None) -> None:
+    """Compare every cached file with its hash."""
+    from kdbook.data import data_sets, verify
+    known = {item.name: item for item in data_sets()}
+    for name in names or []:
+        if name not in known:
+            raise wrong_use(f"unknown data set {name!r}; there are: {', '.join(known)}")
+    bad = 0
+    for name in names or [name for name, item in known.items() if item.cached]:
+        counts: dict[str, int] = {}
+        for file in verify(name):
+            counts[file.state] = counts.get(file.state, 0) + 1
+            if file.state != "ok":
+                complain(f"{file.path}: {file.state}")
+        bad += sum(count for state, count in counts.items() if state != "ok")
+        print(f"{name}: " + (", ".join(f"{count} {state}" for state, count in counts.items()) or "comes with a package, nothing to verify"), flush=True)
+    if bad:
+        raise typer.Exit(1)
 
 # %% ../../nbs/book/cli.ipynb #1760b52b
 QUARTO = "the site needs the program Quarto (quarto.org, Get Started), which is no Python package; all else works without it"

@@ -31,7 +31,7 @@ from pathlib import Path
 from .chapters import MANAGED, Chapter, book_root, resolve, runs_folder, select
 from .claims import read_records
 
-# %% ../../nbs/book/runs.ipynb #f5f1cac1
+# %% ../../nbs/book/runs.ipynb #c8dafb13
 NUMERICAL = ("torch", "transformers", "numpy")
 PROVENANCE = ("kdbook", *NUMERICAL, "datasets", "accelerate", "scikit-learn", "scipy", "papermill")
 
@@ -44,16 +44,21 @@ def version(package: str) -> str:
         return "absent"
 
 
-def imported_modules(code: str) -> set[str]:
-    """The kdbook modules that a piece of Python imports, by dotted name. Lines for IPython (%, !) are left out."""
+def imported_modules(code: str, package: str = "") -> set[str]:
+    """The kdbook modules that a piece of Python imports, by dotted name. Lines for IPython (%, !) are left out.
+
+    `package` is the dotted package that the code lies in, against which relative imports are read.
+    """
     plain = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
     found = set()
     for node in ast.walk(ast.parse(plain)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[:len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found.add(base)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
     return {name for name in found if name.split(".")[0] == "kdbook"}
 
 
@@ -66,7 +71,9 @@ def module_files(names: set[str], package: Path) -> dict[str, Path]:
         if name in files or name == "kdbook" or not path.is_file():
             continue
         files[name] = path
-        queue.extend(imported_modules(path.read_text(encoding="utf-8")))
+        queue.extend(imported_modules(path.read_text(encoding="utf-8"), name.rpartition(".")[0]))
+    if "kdbook.data" in files:  # the addresses and hashes of the data
+        files.update({f"registry {path.name}": path for path in (package / "registry").glob("*.json")})
     return files
 
 
