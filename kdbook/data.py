@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fetch', 'DEV', 'VAL', 'OBJECTS', 'DIGITS', 'SCORE', 'TREE', 'DataFile', 'data_files', 'cache_folder', 'DataSet',
            'data_sets', 'hub_sets', 'WrongHash', 'MissingData', 'file_sha256', 'ResumingDownloader', 'download', 'get',
-           'FileStatus', 'verify', 'load', 'images', 'labels']
+           'FileStatus', 'verify', 'load', 'publish_use', 'images', 'labels']
 
 # %% ../nbs/foundations/data.ipynb #0630b0db
 import contextlib
@@ -594,7 +594,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
         return ()
     return (httpx.TransportError,)
 
-# %% ../nbs/foundations/data.ipynb #f67f167b
+# %% ../nbs/foundations/data.ipynb #882b4698
 _LOADERS = {"ag_news_test": _ag_news_test, "cifar10": _cifar10, "digits": _digits, "fsdd": _fsdd, "gsm8k": _gsm8k, "laroseda": _laroseda,
             "masakhaner2": _masakhaner2, "multi30k": _multi30k, "ner_transfer": _ner_transfer, "nusax": _nusax, "omw": _omw, "ro_sts": _ro_sts,
             "sst2": _sst2, "stsb_multi": _stsb_multi, "tiny_shakespeare": _tiny_shakespeare, "ud_pud": _ud_pud, "ud_ro_rrt": _ud_ro_rrt,
@@ -633,12 +633,12 @@ def load(name: str, split: str | None = None, *, lang: str | Sequence[str] | Non
         dataset = loader(fetch, split, langs, **options)
     if not used:
         used = {source: "" for source in (dataset.info.download_checksums or {})}
-    _publish(name, used)
+    publish_use(name, used)
     return dataset
 
 
-def _publish(name: str, used: Mapping[str, str]) -> None:
-    """Nothing; tells a running notebook which files were used, so that its provenance can hold their hashes."""
+def publish_use(name: str, used: Mapping[str, str]) -> None:
+    """Nothing; tells a running notebook that the data `name` were used (file or version -> hash), for the provenance of the run. Elsewhere silent."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
