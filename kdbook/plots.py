@@ -148,20 +148,24 @@ def band(ax, x, values, *, role: str | None = None, colour: str | None = None, l
         ax.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.16, linewidth=0)
     return line
 
-# %% ../nbs/foundations/plots.ipynb #bbea309d
-def image_grid(images, *, columns: int = 8, titles=None, scale: float = 1.0, cmap: str = "gray"):
-    """A figure with `images` (N, H, W) or (N, H, W, 3) in rows of `columns`; `titles` are N short strings; `scale` is inches a picture."""
+# %% ../nbs/foundations/plots.ipynb #c6d1e56b
+def image_grid(images, *, columns: int = 8, titles=None, scale: float = 1.0, cmap: str = "gray", vmin: float | None = None, vmax: float | None = None):
+    """A figure with `images` (N, H, W) or (N, H, W, 3) in rows of `columns`; `titles` are N short strings; `scale` is inches a picture.
+
+    Grey pictures share one scale from `vmin` to `vmax`, by default the smallest and largest value of all. ValueError: another shape, or no picture.
+    """
     import matplotlib.pyplot as plt
     images = np.asarray(images)
     if images.ndim not in (3, 4) or not len(images):
         raise ValueError(f"images must have shape (N, H, W) or (N, H, W, 3) with N >= 1, got {images.shape}")
+    vmin, vmax = images.min() if vmin is None else vmin, images.max() if vmax is None else vmax
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
     fig, axes = plt.subplots(rows, columns, figsize=(scale * columns, (scale + (0.22 if titles is not None else 0)) * rows), squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.set_axis_off()
         if i < len(images):
-            ax.imshow(images[i], cmap=cmap, interpolation="nearest")
+            ax.imshow(images[i], cmap=cmap, interpolation="nearest", vmin=vmin, vmax=vmax)
             if titles is not None:
                 ax.set_title(str(titles[i]), fontsize=8, fontweight="normal", loc="center", pad=2)
     return fig
