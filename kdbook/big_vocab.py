@@ -31,15 +31,16 @@ def _values_and_gradient(student_logits: Tensor, teacher_logits: Tensor, diverge
         values, gradient = beta * _kl(log_p, log_m) + (1 - beta) * values, (1 - beta) * gradient
     return values, gradient
 
-# %% ../nbs/foundations/big_vocab.ipynb #e8babc3a
+# %% ../nbs/foundations/big_vocab.ipynb #b93b0791
 class _LinearDistillLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_hidden, student_weight, teacher_hidden, teacher_weight, divergence, beta, temperature, mask, chunk_size):
         rows = torch.arange(len(student_hidden), device=student_hidden.device) if mask is None else mask.nonzero()[:, 0]
         for_hidden, for_weight = ctx.needs_input_grad[:2]
-        hidden_gradient = torch.zeros_like(_float(student_hidden)) if for_hidden else None
-        weight_gradient = torch.zeros_like(_float(student_weight)) if for_weight else None
-        total = torch.zeros_like(_float(student_hidden[:0]).sum())
+        dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+        hidden_gradient = torch.zeros_like(student_hidden, dtype=dtype) if for_hidden else None
+        weight_gradient = torch.zeros_like(student_weight, dtype=dtype) if for_weight else None
+        total = torch.zeros((), dtype=dtype, device=student_hidden.device)
         for chunk in rows.split(chunk_size):
             hidden = student_hidden[chunk]
             values, gradient = _values_and_gradient(_float(hidden @ student_weight.T) / temperature,
@@ -47,7 +48,7 @@ class _LinearDistillLoss(torch.autograd.Function):
             total += values.sum()
             gradient = gradient.to(student_weight.dtype)
             if for_hidden:
-                hidden_gradient[chunk] = (gradient @ student_weight).to(hidden_gradient.dtype)
+                hidden_gradient[chunk] = (gradient @ student_weight).to(dtype)
             if for_weight:
                 weight_gradient += gradient.T @ hidden
         ctx.save_for_backward(hidden_gradient, weight_gradient)
@@ -55,8 +56,9 @@ class _LinearDistillLoss(torch.autograd.Function):
         return total / max(len(rows), 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():  # create_graph=True: the stored gradients would silently count as constants
+            raise RuntimeError("linear_distill_loss has no second derivatives: use the dense loss where create_graph=True is needed")
         gradients = (None if g is None else (g * (upstream * ctx.scale)).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return *gradients, *[None] * 7
 

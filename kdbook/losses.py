@@ -14,9 +14,12 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/foundations/losses.ipynb #733be57f
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+# %% ../nbs/foundations/losses.ipynb #6befa78d
+def _float(*tensors: Tensor):
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tensors[0].to(dtype) if len(tensors) == 1 else tuple(x.to(dtype) for x in tensors)
 
 
 def _check_temperature(temperature) -> None:
@@ -129,7 +132,7 @@ def sequence_log_prob(logits: Tensor, labels: Tensor, *, shift: bool = False, av
         raise ValueError(f"labels must hold a counted token in every sequence, none in sequence {(lengths.flatten() == 0).nonzero()[0].item()}")
     return log_probs.sum(-1) / lengths if average else log_probs.sum(-1)
 
-# %% ../nbs/foundations/losses.ipynb #f510e907
+# %% ../nbs/foundations/losses.ipynb #b8be8fc3
 def _log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if student_logits.ndim < 1:
         raise ValueError("student_logits must have shape (..., V), got a scalar")
@@ -138,8 +141,7 @@ def _log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     _check_shape("teacher_logits", teacher_logits, student_logits.shape)
     _check_temperature(temperature)
     _check_mask("mask", mask, student_logits.shape[:-1])
-    dtype = torch.promote_types(_float(student_logits).dtype, _float(teacher_logits).dtype)
-    student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
+    student_logits, teacher_logits = _float(student_logits, teacher_logits)
     if mask is not None:
         student_logits, teacher_logits = (torch.where(mask[..., None], x, 0) for x in (student_logits, teacher_logits))
     return (student_logits / temperature).log_softmax(-1), (teacher_logits / temperature).log_softmax(-1)
@@ -171,7 +173,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, mask)
     return _reduce(_kl(log_p, log_q), mask, None, reduction, empty)
 
-# %% ../nbs/foundations/losses.ipynb #399520f3
+# %% ../nbs/foundations/losses.ipynb #415e00ad
 def soft_cross_entropy(student_logits: Tensor, target_probs: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None,
                        weights: Tensor | None = None, reduction: str = "mean", empty: str = "zero") -> Tensor:
     """The cross-entropy -Σ p log q against given probabilities p, minimum: the entropy of p. The mean over counted positions, a scalar.
@@ -185,9 +187,10 @@ def soft_cross_entropy(student_logits: Tensor, target_probs: Tensor, *, temperat
     _check_shape("target_probs", target_probs, student_logits.shape)
     _check_temperature(temperature)
     _check_mask("mask", mask, student_logits.shape[:-1])
+    student_logits, target_probs = _float(student_logits, target_probs)
     if mask is not None:
         student_logits, target_probs = (torch.where(mask[..., None], x, 0) for x in (student_logits, target_probs))
-    log_q = (_float(student_logits) / temperature).log_softmax(-1)
+    log_q = (student_logits / temperature).log_softmax(-1)
     values = -(target_probs * torch.where(target_probs > 0, log_q, 0)).sum(-1)
     return _reduce(values, mask, weights, reduction, empty)
 

@@ -18,7 +18,7 @@ def _unit(x: Tensor) -> Tensor:
     length = x.norm(dim=-1, keepdim=True)
     return x / torch.where(length > 1e-12, length, 1)
 
-# %% ../nbs/foundations/representations.ipynb #b2edcee2
+# %% ../nbs/foundations/representations.ipynb #d6122239
 def hidden_distance(student_hidden: Tensor, teacher_hidden: Tensor, *, kind: str = "mse", normalize: bool = False, mask: Tensor | None = None,
                     weights: Tensor | None = None, reduction: str = "mean", empty: str = "zero") -> Tensor:
     """The mean distance of paired vectors (..., D), a scalar; `reduction="none"` gives one distance a pair (...), 0 where masked.
@@ -33,7 +33,7 @@ def hidden_distance(student_hidden: Tensor, teacher_hidden: Tensor, *, kind: str
     _check_shape("teacher_hidden", teacher_hidden, student_hidden.shape)
     _check_choice("kind", kind, ("mse", "sse", "mae", "l2", "cosine"))
     _check_mask("mask", mask, student_hidden.shape[:-1])
-    s, t = _float(student_hidden), _float(teacher_hidden)
+    s, t = _float(student_hidden, teacher_hidden)
     if mask is not None:
         s, t = (torch.where(mask[..., None], x, 0) for x in (s, t))
     if normalize or kind == "cosine":
@@ -57,7 +57,7 @@ def hidden_cosine(student_hidden: Tensor, teacher_hidden: Tensor, **options) -> 
     """The mean of 1 - cosine of paired vectors (..., D): `hidden_distance` with `kind="cosine"` and the same options."""
     return hidden_distance(student_hidden, teacher_hidden, kind="cosine", **options)
 
-# %% ../nbs/foundations/representations.ipynb #d6a79324
+# %% ../nbs/foundations/representations.ipynb #fc572db5
 def similarity(a: Tensor, b: Tensor | None = None, *, normalize: bool = True) -> Tensor:
     """The cosines (or, with `normalize=False`, dot products) of all pairs of rows: (..., N, D), (..., M, D) -> (..., N, M).
 
@@ -67,7 +67,7 @@ def similarity(a: Tensor, b: Tensor | None = None, *, normalize: bool = True) ->
     b = a if b is None else b
     if a.ndim < 2 or b.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
         raise ValueError(f"a and b must have shapes (..., N, D) and (..., M, D), got {tuple(a.shape)} and {tuple(b.shape)}")
-    a, b = _float(a), _float(b)
+    a, b = _float(a, b)
     if normalize:
         a, b = _unit(a), _unit(b)
     return a @ b.transpose(-1, -2)
@@ -99,7 +99,7 @@ def _relative_distances(x: Tensor) -> Tensor:
     mean = masked_mean(distances, distances > 0)
     return distances / torch.where(mean > 0, mean, 1)
 
-# %% ../nbs/foundations/representations.ipynb #b5d4ff5e
+# %% ../nbs/foundations/representations.ipynb #fc3dd9f1
 def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """The smooth L1 difference of two matrices of pairwise distances, each divided by its mean non-zero distance, a scalar.
 
@@ -107,9 +107,10 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Park et al. 2019, equations 4 and 5. ValueError: not two matrices with the same number of rows.
     """
     _check_embeddings(student, teacher)
-    return F.smooth_l1_loss(_relative_distances(_float(student)), _relative_distances(_float(teacher)))
+    student, teacher = _float(student, teacher)
+    return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
 
-# %% ../nbs/foundations/representations.ipynb #691cbdf3
+# %% ../nbs/foundations/representations.ipynb #923491e1
 def _angles(x: Tensor) -> Tensor:
     directions = _unit(x[None] - x[:, None])  # (N, N, D): from i to j
     return directions @ directions.transpose(1, 2)  # (N, N, N): at i, between j and k
@@ -122,7 +123,8 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Park et al. 2019, equations 6 and 7. ValueError: not two matrices with the same number of rows.
     """
     _check_embeddings(student, teacher)
-    return F.smooth_l1_loss(_angles(_float(student)), _angles(_float(teacher)))
+    student, teacher = _float(student, teacher)
+    return F.smooth_l1_loss(_angles(student), _angles(teacher))
 
 # %% ../nbs/foundations/representations.ipynb #d29e8873
 def linear_cka(a: Tensor, b: Tensor) -> Tensor:
