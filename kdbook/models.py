@@ -139,7 +139,7 @@ def encoder(vocab_size: int, *, width: int = 64, layers: int = 2, heads: int = 4
     with _random_stream(seed):
         return getattr(transformers, "RobertaPreLayerNorm" + classes[head])(config, **({"add_pooling_layer": False} if head is None else {}))
 
-# %% ../nbs/foundations/models.ipynb #e6528064
+# %% ../nbs/foundations/models.ipynb #e2de429b
 def encoder_decoder(vocab_size: int, *, width: int = 64, layers: int = 2, decoder_layers: int | None = None, heads: int = 4, max_length: int = 128,
                     feed_forward: int | None = None, pad_id: int = 0, bos_id: int = 2, eos_id: int = 3, dropout: float = 0.0,
                     attention: str = "sdpa", init_std: float | None = None, seed: int | None = None) -> nn.Module:
@@ -161,7 +161,7 @@ def encoder_decoder(vocab_size: int, *, width: int = 64, layers: int = 2, decode
     model.generation_config.use_cache = True
     return model
 
-
+# %% ../nbs/foundations/models.ipynb #13db53f6
 def t5(vocab_size: int, *, width: int = 64, layers: int = 2, decoder_layers: int | None = None, heads: int = 4, feed_forward: int | None = None,
        pad_id: int = 0, eos_id: int = 1, dropout: float = 0.0, seed: int | None = None) -> nn.Module:
     """An encoder-decoder with relative positions, `transformers.T5ForConditionalGeneration` in the shape of version 1.1, embeddings tied.
@@ -180,7 +180,7 @@ def t5(vocab_size: int, *, width: int = 64, layers: int = 2, decoder_layers: int
     model.generation_config.use_cache = True
     return model
 
-# %% ../nbs/foundations/models.ipynb #6763268c
+# %% ../nbs/foundations/models.ipynb #f377510b
 def vit(image_size: int, patch_size: int, *, num_classes: int | None, channels: int = 3, width: int = 64, layers: int = 2, heads: int = 4,
         feed_forward: int | None = None, dropout: float = 0.0, attention: str = "sdpa", init_std: float | None = None, seed: int | None = None) -> nn.Module:
     """A vision transformer: pictures (B, channels, S, S) -> `.logits` (B, num_classes), or without classes `.last_hidden_state` (B, 1 + patches, width).
@@ -196,7 +196,7 @@ def vit(image_size: int, patch_size: int, *, num_classes: int | None, channels: 
     with _random_stream(seed):
         return ViTModel(config, add_pooling_layer=False) if num_classes is None else ViTForImageClassification(config)
 
-
+# %% ../nbs/foundations/models.ipynb #57f08b0e
 def vit_mae(image_size: int, patch_size: int, *, channels: int = 3, width: int = 64, layers: int = 2, heads: int = 4, feed_forward: int | None = None,
             decoder_width: int = 32, decoder_layers: int = 1, decoder_heads: int | None = None, mask_ratio: float = 0.75, normalize_targets: bool = False,
             attention: str = "sdpa", init_std: float | None = None, seed: int | None = None) -> nn.Module:
@@ -238,7 +238,7 @@ def layer_map(num_student: int, num_teacher: int, strategy: str = "skip") -> lis
         raise ValueError(f"num_student must be between 1 and the teacher's {num_teacher} layers, got {num_student}")
     return [(j, j * num_teacher // num_student if strategy == "skip" else num_teacher - num_student + j) for j in range(1, num_student + 1)]
 
-# %% ../nbs/foundations/models.ipynb #0509cfe8
+# %% ../nbs/foundations/models.ipynb #b507fd11
 def _layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost lists of layers, by name: one for an encoder or a decoder, two for an encoder-decoder."""
     stacks = {}
@@ -248,15 +248,37 @@ def _layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
             stacks[name] = module
     return stacks
 
+# %% ../nbs/foundations/models.ipynb #5da18840
+def _chosen_layers(teacher: nn.Module, layers: Sequence[int], decoder_layers: Sequence[int] | None) -> dict[str, list[int]]:
+    """For each list of layers by name, the numbers of the layers to take."""
+    config, stacks = getattr(teacher, "config", None), _layer_stacks(teacher)
+    if config is None or not stacks or not hasattr(config, "num_hidden_layers"):
+        raise ValueError(f"teacher must be a transformers model with a stack of layers, got {type(teacher).__name__}")
+    pair = getattr(config, "is_encoder_decoder", False)
+    if decoder_layers is not None and not pair:
+        raise ValueError(f"decoder_layers must be None, because {type(teacher).__name__} has one stack of layers")
+    chosen = {}
+    for name, stack in stacks.items():
+        if not pair and name.split(".")[0] == "decoder":
+            continue
+        argument = "decoder_layers" if decoder_layers is not None and _in_decoder(name) else "layers"
+        numbers = list(decoder_layers if argument == "decoder_layers" else layers)
+        if not numbers or not all(isinstance(i, int) and 0 <= i < len(stack) for i in numbers):
+            raise ValueError(f"{argument} must be numbers from 0 to {len(stack) - 1} (the teacher has {len(stack)} layers in {name}), got {numbers}")
+        chosen[name] = numbers
+    return chosen
 
-def _set_number_of_layers(config, name: str, chosen: list[int]) -> None:
-    for attribute in (name, "layer_types"):
-        if isinstance(value := getattr(config, attribute, None), list):
-            setattr(config, attribute, [value[i] for i in chosen])
-        elif isinstance(value, int):
-            setattr(config, attribute, len(chosen))
+
+def _in_decoder(name: str) -> bool:
+    return "decoder" in name.split(".")
 
 
+def _set_number_of_layers(config, attribute: str, chosen: list[int]) -> None:
+    setattr(config, attribute, len(chosen))
+    if isinstance(kinds := getattr(config, "layer_types", None), list):  # one entry a layer, in some decoders
+        config.layer_types = [kinds[i] for i in chosen]
+
+# %% ../nbs/foundations/models.ipynb #5f456ef3
 def student_from_teacher(teacher: nn.Module, layers: Sequence[int], *, decoder_layers: Sequence[int] | None = None) -> nn.Module:
     """A trainable model of the teacher's class with copies of its embeddings, its head and the layers numbered `layers` (from 0), in that order.
 
@@ -264,57 +286,39 @@ def student_from_teacher(teacher: nn.Module, layers: Sequence[int], *, decoder_l
     autoencoder is kept whole. The student shares no memory with the teacher, and can be saved and loaded like any transformers model.
     ValueError: a model that is no transformers model with a stack of layers, no layers, or a number that the teacher does not have.
     """
-    config, stacks = getattr(teacher, "config", None), _layer_stacks(teacher)
-    if config is None or not stacks or not hasattr(config, "num_hidden_layers"):
-        raise ValueError(f"teacher must be a transformers model with a stack of layers, got {type(teacher).__name__}")
-    pair = getattr(config, "is_encoder_decoder", False)
-    if decoder_layers is not None and not pair:
-        raise ValueError(f"decoder_layers must be None, because {type(teacher).__name__} has one stack of layers")
-    chosen, memo = {}, {}
-    for name, stack in stacks.items():
-        in_decoder = pair and ".decoder." in f".{name}"
-        if not pair and "decoder" in name.split(".")[:1]:
-            continue
-        numbers = list(decoder_layers if in_decoder and decoder_layers is not None else layers)
-        if not numbers or not all(isinstance(i, int) and 0 <= i < len(stack) for i in numbers):
-            raise ValueError(f"{'decoder_layers' if in_decoder and decoder_layers is not None else 'layers'} must be numbers from 0 to {len(stack) - 1} "
-                             f"(the teacher has {len(stack)} layers in {name}), got {numbers}")
-        chosen[name] = (in_decoder, numbers)
-        memo[id(stack)] = nn.ModuleList(copy.deepcopy(stack[i]) for i in numbers)  # so that the rest of the teacher's layers is never copied
-    student = copy.deepcopy(teacher, memo)
-    for name, (in_decoder, numbers) in chosen.items():
-        stack = student.get_submodule(name)
+    chosen = _chosen_layers(teacher, layers, decoder_layers)
+    stacks = {name: teacher.get_submodule(name) for name in chosen}
+    student = copy.deepcopy(teacher, {id(stacks[name]): nn.ModuleList(copy.deepcopy(stacks[name][i]) for i in numbers) for name, numbers in chosen.items()})
+    for name, numbers in chosen.items():
+        stack, owner = student.get_submodule(name), student.get_submodule(name.rpartition(".")[0])
         for position, layer in enumerate(stack):
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = position
-        _move_relative_positions(teacher.get_submodule(name), stack)
-        if not pair:
+        _move_relative_positions(stacks[name][0], stack)
+        if not teacher.config.is_encoder_decoder:
             _set_number_of_layers(student.config, "num_hidden_layers", numbers)
-        elif hasattr(config, "num_decoder_layers"):  # T5 keeps a configuration in each stack
-            _set_number_of_layers(student.config, "num_decoder_layers" if in_decoder else "num_layers", numbers)
-            owner = student.get_submodule(name.rpartition(".")[0]).config
-            _set_number_of_layers(owner, "num_decoder_layers", numbers) if in_decoder else None
-            _set_number_of_layers(owner, "num_layers", numbers)
-        else:
-            _set_number_of_layers(student.config, "decoder_layers" if in_decoder else "encoder_layers", numbers)
-    fixed = ("position_embeddings", "decoder_pos_embed") if getattr(config, "model_type", "") == "vit_mae" else ()
+        elif hasattr(student.config, "encoder_layers"):  # MBart and its relatives
+            _set_number_of_layers(student.config, "decoder_layers" if _in_decoder(name) else "encoder_layers", numbers)
+        else:  # T5 keeps a configuration of its own in each stack
+            _set_number_of_layers(student.config, "num_decoder_layers" if _in_decoder(name) else "num_layers", numbers)
+            _set_number_of_layers(owner.config, "num_layers", numbers)
+    fixed = ("position_embeddings", "decoder_pos_embed") if teacher.config.model_type == "vit_mae" else ()  # sines, not weights
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(not name.endswith(fixed) if fixed else True)
+        parameter.requires_grad_(not any(name.endswith(end) for end in fixed))
     return student.train()
 
 
-def _move_relative_positions(teacher_stack: nn.ModuleList, student_stack: nn.ModuleList) -> None:
+def _move_relative_positions(teacher_layer: nn.Module, student_stack: nn.ModuleList) -> None:
     """T5 keeps the relative positions of all layers in its first one: they move to the student's first layer and to no other."""
-    first = [module for module in teacher_stack[0].modules() if getattr(module, "has_relative_attention_bias", False)]
-    for source in first:
+    for source in [module for module in teacher_layer.modules() if getattr(module, "has_relative_attention_bias", False)]:
         for position, layer in enumerate(student_stack):
             target = next(module for module in layer.modules() if type(module) is type(source))
             target.has_relative_attention_bias = position == 0
+            if hasattr(target, "relative_attention_bias"):
+                del target.relative_attention_bias
             if position == 0:
                 target.relative_attention_bias = copy.deepcopy(source.relative_attention_bias)
-            elif hasattr(target, "relative_attention_bias"):
-                del target.relative_attention_bias
 
 # %% ../nbs/foundations/models.ipynb #55b3cbc2
 def freeze(model: nn.Module) -> nn.Module:
@@ -365,20 +369,22 @@ def capture(model: nn.Module, names: str | Sequence[str], *, of: str = "output")
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/foundations/models.ipynb #2a1d9445
+# %% ../nbs/foundations/models.ipynb #f4c0a66c
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """The means (..., D) of the vectors `hidden` (..., T, D) at the positions where `mask` (..., T) is True or 1.
 
-    Masked positions may hold anything, also inf or nan. ValueError: shapes that differ, or a row without a counted position.
+    A dimension of size 1 of `hidden` before T serves every row of the mask: (B, 1, T, D) with (B, C, T) gives (B, C, D), C spans of one text.
+    Masked positions may hold anything, also inf or nan. ValueError: shapes that do not fit, or a row without a counted position.
     """
-    if hidden.shape[:-1] != mask.shape:
+    fits = hidden.dim() == mask.dim() + 1 and hidden.shape[-2] == mask.shape[-1] and all(h in (m, 1) for h, m in zip(hidden.shape, mask.shape))
+    if not fits:
         raise ValueError(f"mask must have shape {tuple(hidden.shape[:-1])}, got {tuple(mask.shape)}")
     counted = mask.bool()
     if not counted.any(-1).all():
         raise ValueError("mask must count at least one position in every row, but a row has none")
-    return hidden.masked_fill(~counted[..., None], 0.0).sum(-2) / counted.sum(-1, keepdim=True)
+    return torch.where(counted[..., None], hidden, 0.0).sum(-2) / counted.sum(-1, keepdim=True)
 
-# %% ../nbs/foundations/models.ipynb #cd47ad54
+# %% ../nbs/foundations/models.ipynb #16aa4c78
 def mlp(widths: Sequence[int], *, activation: str = "gelu", norm: bool = False, seed: int | None = None) -> nn.Sequential:
     """A perceptron (..., widths[0]) -> (..., widths[-1]): Linear, activation, LayerNorm where `norm`, Linear, ..., Linear.
 
@@ -395,7 +401,7 @@ def mlp(widths: Sequence[int], *, activation: str = "gelu", norm: bool = False, 
             modules += [nn.Linear(inner, outer), activations[activation](), *([nn.LayerNorm(outer)] if norm else [])]
     return nn.Sequential(*modules[:-2 if norm else -1])
 
-
+# %% ../nbs/foundations/models.ipynb #e1a67949
 class SmallConvNet(nn.Module):
     """A convolutional network: pictures (B, channels, H, W) -> logits (B, num_classes) and the feature (B, feature_size) below them.
 
@@ -491,7 +497,7 @@ class GRUDecoder(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-# %% ../nbs/foundations/models.ipynb #754642e6
+# %% ../nbs/foundations/models.ipynb #ed3e03a9
 def moe_decoder(vocab_size: int, *, width: int = 64, layers: int = 2, heads: int = 4, experts: int = 4, active: int = 2, max_length: int = 128,
                 feed_forward: int | None = None, pad_id: int | None = None, bos_id: int | None = None, eos_id: int | None = None,
                 attention: str = "sdpa", init_std: float | None = None, seed: int | None = None) -> nn.Module:
@@ -513,7 +519,7 @@ def moe_decoder(vocab_size: int, *, width: int = 64, layers: int = 2, heads: int
     model.generation_config.use_cache = True
     return model
 
-
+# %% ../nbs/foundations/models.ipynb #e5502cd9
 def active_parameter_count(model: nn.Module) -> int:
     """The number of parameters that one token uses: all, but of the expert tensors of a transformers mixture only the share of the chosen experts.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .models import _from_hub
 
-# %% ../nbs/foundations/text.ipynb #2417cf8d
+# %% ../nbs/foundations/text.ipynb #a6bc1814
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<mask>")
 
 
@@ -28,7 +28,7 @@ def train_tokenizer(texts: str | Iterable[str], kind: str = "char", vocab_size: 
     "bpe" (byte-level byte-pair encoding; decoding returns exactly the text, of any alphabet).
     `vocab_size` counts the five special tokens too; the most frequent characters or words stay. None: all of them, or 4,000 for "bpe".
     `frame`: `tokenizer(text)` puts <bos> and <eos> around a text, and <eos> between two texts.
-    Special tokens written out in a text are encoded as ordinary text.
+    Special tokens written out in a text are encoded as ordinary text (by "word" as two unknown words).
     ValueError: an unknown kind, no text, or a `vocab_size` that holds no token beside the special ones (and, for "bpe", the 256 bytes).
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -58,7 +58,8 @@ def train_tokenizer(texts: str | Iterable[str], kind: str = "char", vocab_size: 
         if kind == "char":
             tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
         else:
-            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            inside = Regex("(?<=<)(?=(" + "|".join(token[1:-1] for token in SPECIAL_TOKENS) + ")>)")  # "<pad>" in a text becomes "<" and "pad>"
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(inside, "isolated")])
     if frame:
         tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", pair="<bos> $A <eos> $B <eos>",
                                                                  special_tokens=[("<bos>", 2), ("<eos>", 3)])
@@ -90,7 +91,7 @@ def split_by_position(ids: Tensor, fractions: Sequence[float] = (0.9, 0.05, 0.05
     ends = [round(len(ids) * sum(fractions[:i + 1])) for i in range(len(fractions) - 1)]
     return tuple(ids[start:end] for start, end in zip([0, *ends], [*ends, len(ids)]))
 
-# %% ../nbs/foundations/text.ipynb #35671302
+# %% ../nbs/foundations/text.ipynb #d79c4ba7
 def _check_window(ids: Tensor, length: int) -> None:
     if ids.dim() != 1 or not 1 <= length <= len(ids):
         raise ValueError(f"length must be between 1 and the number of ids of a one-dimensional text, got {length} for shape {tuple(ids.shape)}")
@@ -101,7 +102,7 @@ def text_blocks(ids: Tensor, length: int) -> Tensor:
     _check_window(ids, length)
     return ids[:len(ids) // length * length].view(-1, length)
 
-
+# %% ../nbs/foundations/text.ipynb #8b0459d9
 class CausalBatches:
     """Random windows of a text; made by `causal_batches`. Iterating twice gives the same batches twice."""
 
@@ -147,7 +148,7 @@ def mask_prompt(input_ids: Tensor, prompt_lengths: Tensor, pad_id: int = 0) -> T
     in_prompt = torch.arange(input_ids.shape[1], device=input_ids.device) < prompt_lengths[:, None].to(input_ids.device)
     return input_ids.masked_fill(in_prompt | (input_ids == pad_id), -100)
 
-# %% ../nbs/foundations/text.ipynb #ad2399c2
+# %% ../nbs/foundations/text.ipynb #6d62b571
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int = 0, *, side: str = "right") -> tuple[Tensor, Tensor]:
     """Rows of ids as one tensor (B, T), filled with `pad_id`, and a mask (B, T) int64, 1 = text. `side`: where padding goes, "right" or "left".
 
@@ -161,7 +162,7 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int = 0, *, side: str = "rig
     mask = [[1] * len(text) + [0] * len(padding) if side == "right" else [0] * len(padding) + [1] * len(text) for text, padding in filled]
     return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
 
-
+# %% ../nbs/foundations/text.ipynb #9a754e5b
 def _with_end(row: Sequence[int], eos_id: int | None, max_length: int | None) -> list[int]:
     end = [] if eos_id is None else [eos_id]
     return list(row)[:None if max_length is None else max(0, max_length - len(end))] + end
@@ -182,7 +183,7 @@ def collate_causal(prompts: Sequence[Sequence[int]], responses: Sequence[Sequenc
     labels, _ = pad_rows([[-100] * len(start) + end for start, end in zip(starts, ends)], -100)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
-
+# %% ../nbs/foundations/text.ipynb #8d76182e
 def collate_seq2seq(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *, pad_id: int = 0, start_id: int = 2, eos_id: int | None = 3,
                     max_source: int | None = None, max_target: int | None = None) -> dict[str, Tensor]:
     """A batch for an encoder-decoder: `input_ids`, `attention_mask` (B, T) and `decoder_input_ids`, `labels` (B, U), all int64.
@@ -215,18 +216,47 @@ def top_p_filter(probabilities: Tensor, top_p: float) -> Tensor:
     nucleus = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
     return nucleus / nucleus.sum(-1, keepdim=True)
 
-# %% ../nbs/foundations/text.ipynb #775c7c0a
+# %% ../nbs/foundations/text.ipynb #52479348
 def _next_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """The chosen ids (B,) from the scores (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = top_p_filter((logits.float() / temperature).softmax(-1), top_p)
     return torch.multinomial(probabilities.to(generator.device), 1, generator=generator)[:, 0].to(logits.device)
+
+# %% ../nbs/foundations/text.ipynb #af670b17
+def _is_decoder(model) -> bool:
+    return hasattr(model, "generation_config") and hasattr(getattr(model, "config", None), "is_encoder_decoder")
 
 
 def _logits(output) -> Tensor:
     return output.logits if hasattr(output, "logits") else output[0] if isinstance(output, tuple) else output
 
 
+def _reader(model: Callable, attention_mask: Tensor | None, max_length: int | None, state) -> Callable[[Tensor, int], Tensor]:
+    """A function of the text so far (B, T) and the number of its new tokens that returns the scores (B, V) of the next one."""
+    cache = None
+
+    def read(ids: Tensor, new: int) -> Tensor:
+        nonlocal cache, state
+        fits = max_length is None or ids.shape[1] <= max_length
+        if state is not None:
+            logits, state = model(ids[:, -new:], state)
+        elif not _is_decoder(model):
+            logits = _logits(model(ids if fits else ids[:, -max_length:]))
+        else:
+            visible = ids[:, -new:] if fits else ids[:, -max_length:]
+            options = {"use_cache": fits, "past_key_values": cache if fits else None}
+            if attention_mask is not None:
+                mask = nn.functional.pad(attention_mask, (0, ids.shape[1] - attention_mask.shape[1]), value=1)
+                mask = mask if fits else mask[:, -max_length:]
+                options |= {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -visible.shape[1]:]}
+            output = model(visible, **options)
+            logits, cache = output.logits, output.past_key_values if fits else None
+        return logits[:, -1]
+    return read
+
+# %% ../nbs/foundations/text.ipynb #48a5298c
 @torch.no_grad()
 def generate(model: Callable, input_ids: Tensor, *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, eos_id: int | None = None,
              pad_id: int | None = None, attention_mask: Tensor | None = None, max_length: int | None = None, state=None,
@@ -241,48 +271,22 @@ def generate(model: Callable, input_ids: Tensor, *, max_new_tokens: int, tempera
     A module runs in eval mode and gets its mode back. Encoder-decoders have a `generate` of their own.
     ValueError: a temperature below 0, `top_p` outside (0, 1], a draw without a `generator`, an encoder-decoder, a mask with padding on the right.
     """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or max_new_tokens < 1:
-        raise ValueError(f"input_ids must be (B, T) with T >= 1 and max_new_tokens >= 1, got {tuple(input_ids.shape)} and {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
-    if temperature > 0 and generator is None:
-        raise ValueError("generator must be given when temperature > 0, got None")
-    config = getattr(model, "config", None)
-    transformer = hasattr(model, "generation_config") and hasattr(config, "is_encoder_decoder")
-    if transformer and config.is_encoder_decoder:
-        raise ValueError(f"model must map ids to logits, but {type(model).__name__} is an encoder-decoder: use its own generate")
-    if attention_mask is not None and not (transformer and attention_mask.shape == input_ids.shape and attention_mask[:, -1].all()):
-        raise ValueError("attention_mask must be None, or (B, T) with padding on the left for a transformers decoder")
-    if max_length is None and transformer:
-        max_length = getattr(config, "max_position_embeddings", None)
-    fill = eos_id if pad_id is None else pad_id
+    _check_generation(model, input_ids, max_new_tokens, temperature, top_p, attention_mask, generator)
+    if max_length is None and _is_decoder(model):
+        max_length = getattr(model.config, "max_position_embeddings", None)
+    read = _reader(model, attention_mask, max_length, state)
+    ids, new = input_ids, input_ids.shape[1]
+    done, fill = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), eos_id if pad_id is None else pad_id
     training = isinstance(model, nn.Module) and model.training
     if training:
         model.eval()
     try:
-        ids, fresh, cache, mask = input_ids, input_ids, None, attention_mask
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
-            fits = max_length is None or ids.shape[1] <= max_length
-            if state is not None:
-                logits, state = model(fresh, state)
-            elif not transformer:
-                logits = _logits(model(ids if fits else ids[:, -max_length:]))
-            else:
-                visible, seen = (fresh, mask) if fits else (ids[:, -max_length:], None if mask is None else mask[:, -max_length:])
-                places = {}
-                if seen is not None:
-                    positions = (seen.long().cumsum(-1) - 1).clamp(min=0)
-                    places = {"attention_mask": seen, "position_ids": positions[:, -visible.shape[1]:]}
-                output = model(visible, past_key_values=cache if fits else None, use_cache=fits, **places)
-                logits, cache = output.logits, output.past_key_values if fits else None
-            token = _next_token(logits[:, -1], temperature, top_p, generator)
+            token = _next_token(read(ids, new), temperature, top_p, generator)
             if eos_id is not None:
                 token = torch.where(done, fill, token)
                 done |= token == eos_id
-            fresh = token[:, None]
-            ids = torch.cat([ids, fresh], 1)
-            mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            ids, new = torch.cat([ids, token[:, None]], 1), 1
             if done.all():
                 break
     finally:
@@ -290,6 +294,19 @@ def generate(model: Callable, input_ids: Tensor, *, max_new_tokens: int, tempera
             model.train()
     missing = input_ids.shape[1] + max_new_tokens - ids.shape[1]
     return nn.functional.pad(ids, (0, missing), value=fill) if missing else ids
+
+
+def _check_generation(model, input_ids, max_new_tokens, temperature, top_p, attention_mask, generator) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or max_new_tokens < 1:
+        raise ValueError(f"input_ids must be (B, T) with T >= 1 and max_new_tokens >= 1, got {tuple(input_ids.shape)} and {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    if temperature > 0 and generator is None:
+        raise ValueError("generator must be given when temperature > 0, got None")
+    if _is_decoder(model) and model.config.is_encoder_decoder:
+        raise ValueError(f"model must map ids to logits, but {type(model).__name__} is an encoder-decoder: use its own generate")
+    if attention_mask is not None and not (_is_decoder(model) and attention_mask.shape == input_ids.shape and attention_mask[:, -1].all()):
+        raise ValueError("attention_mask must be None, or (B, T) with padding on the left for a transformers decoder")
 
 # %% ../nbs/foundations/text.ipynb #f9dceaaf
 def _checked_ids(keep_ids: Tensor, vocab_size: int) -> Tensor:
@@ -322,7 +339,7 @@ def vocabulary_map(keep_ids: Tensor, vocab_size: int, *, unk_id: int | None = No
         places[places < 0] = places[unk_id].clone()
     return places
 
-# %% ../nbs/foundations/text.ipynb #f76cfaab
+# %% ../nbs/foundations/text.ipynb #56251f76
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id",
                "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
@@ -338,6 +355,44 @@ def _translated(value, places: Tensor, name: str):
     return places[value].item()
 
 
+def _translate_settings(model: nn.Module, old_size: int, new_size: int, places: Tensor) -> None:
+    """Nothing; sets vocabulary size and special ids in every configuration inside `model`."""
+    parts = [getattr(module, name, None) for module in model.modules() for name in ("config", "generation_config")]
+    for settings in {id(part): part for part in parts if part is not None}.values():
+        if getattr(settings, "vocab_size", None) == old_size:
+            settings.vocab_size = new_size
+        for name in SPECIAL_IDS:
+            if getattr(settings, name, None) is not None:
+                setattr(settings, name, _translated(getattr(settings, name), places, name))
+
+# %% ../nbs/foundations/text.ipynb #0168af3b
+def _vocabulary_owner(model: nn.Module) -> nn.Module:
+    """The outermost part of `model` that has a vocabulary."""
+    owners: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_input_embeddings") and not any(outer == "" or name.startswith(outer + ".") for outer in owners):
+            owners[name] = module
+    if len(owners) != 1:
+        raise ValueError(f"model must have one vocabulary (one part with get_input_embeddings), got {len(owners)} in {type(model).__name__}")
+    return next(iter(owners.values()))
+
+
+def _sliced_tensors(owner: nn.Module, keep: Tensor, vocab_size: int) -> dict[int, Tensor]:
+    """The trimmed tensor for every tensor of the vocabulary, by the identity of the old one."""
+    tables = [part.get_input_embeddings() for part in owner.modules() if hasattr(part, "get_input_embeddings")]
+    head = owner.get_output_embeddings() if hasattr(owner, "get_output_embeddings") else None
+    sliced = {}
+    for module in [*tables, head]:
+        if isinstance(module, nn.Module) and len(module.weight) == vocab_size:
+            for tensor in (module.weight, getattr(module, "bias", None)):
+                if tensor is not None and id(tensor) not in sliced:
+                    sliced[id(tensor)] = nn.Parameter(trim_embedding(tensor.detach(), keep), requires_grad=tensor.requires_grad)
+    for module in owner.modules():
+        if (bias := module._buffers.get("final_logits_bias")) is not None:  # MBart and its relatives
+            sliced[id(bias)] = bias[:, keep]
+    return sliced
+
+# %% ../nbs/foundations/text.ipynb #1733e2f8
 def trim_model(model: nn.Module, keep_ids: Tensor) -> nn.Module:
     """A copy of `model` whose vocabulary is `keep_ids`, in that order: sliced embedding, output layer and bias, ties preserved; all else is copied.
 
@@ -346,46 +401,20 @@ def trim_model(model: nn.Module, keep_ids: Tensor) -> nn.Module:
     ValueError: repeated ids or ids out of range, a special id of the configuration not kept, a padding id that changes though positions depend on it,
     no vocabulary in the model, or several that are independent of one another.
     """
-    owners: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "get_input_embeddings") and not any(outer == "" or name.startswith(outer + ".") for outer in owners):
-            owners[name] = module
-    if len(owners) != 1:
-        raise ValueError(f"model must have one vocabulary (one part with get_input_embeddings), got {len(owners)} in {type(model).__name__}")
-    owner, = owners.values()
+    owner = _vocabulary_owner(model)
     old = owner.get_input_embeddings().weight
     keep = _checked_ids(keep_ids, len(old)).to(old.device)
     places = vocabulary_map(keep, len(old))
-
-    tables = [part.get_input_embeddings() for part in owner.modules() if hasattr(part, "get_input_embeddings")]
-    head = owner.get_output_embeddings() if hasattr(owner, "get_output_embeddings") else None
-    modules = {id(module): module for module in [*tables, head] if isinstance(module, nn.Module) and len(module.weight) == len(old)}.values()
-    memo = {}
-    for module in modules:
-        for tensor in (module.weight, getattr(module, "bias", None)):
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = nn.Parameter(trim_embedding(tensor.detach(), keep).clone(), requires_grad=tensor.requires_grad)
     for module in owner.modules():
-        bias = module._buffers.get("final_logits_bias")
-        if bias is not None:
-            memo[id(bias)] = bias[:, keep].clone()
         padding = getattr(module, "padding_idx", None)
         if hasattr(module, "create_position_ids_from_input_ids") and padding is not None and _translated(padding, places, "pad_token_id") != padding:
             raise ValueError(f"keep_ids must leave the padding id {padding} at its place, because positions are counted from it, got {places[padding].item()}")
-    trimmed = copy.deepcopy(model, memo)
-
+    trimmed = copy.deepcopy(model, _sliced_tensors(owner, keep, len(old)))
     for module in trimmed.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings != len(module.weight):
             module.num_embeddings = len(module.weight)
             module.padding_idx = _translated(module.padding_idx, places, "padding_idx")
         elif isinstance(module, nn.Linear):
             module.out_features = len(module.weight)
-    configs = {id(part.config): part.config for part in trimmed.modules() if hasattr(part, "config")}
-    generation = {id(part.generation_config): part.generation_config for part in trimmed.modules() if getattr(part, "generation_config", None) is not None}
-    for settings in [*configs.values(), *generation.values()]:
-        if getattr(settings, "vocab_size", None) == len(old):
-            settings.vocab_size = len(keep)
-        for name in SPECIAL_IDS:
-            if getattr(settings, name, None) is not None:
-                setattr(settings, name, _translated(getattr(settings, name), places, name))
+    _translate_settings(trimmed, len(old), len(keep), places)
     return trimmed

@@ -392,6 +392,9 @@ def test_mean_pool_keeps_leading_dimensions_and_refuses_empty_rows():
     hidden = torch.rand(2, 3, 4, 5)
     assert M.mean_pool(hidden, torch.ones(2, 3, 4)).shape == (2, 3, 5)
     assert M.mean_pool(hidden[:, None, 0], torch.eye(4).bool().expand(2, 4, 4)[:, :1]).shape == (2, 1, 5)
+    spans = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 0]]).expand(2, 3, 4)  # three spans of one text
+    pooled = M.mean_pool(hidden[:, :1], spans)
+    assert torch.allclose(pooled[:, 0], hidden[:, 0, :2].mean(1)) and torch.allclose(pooled[:, 1], hidden[:, 0, 3]) and pooled.shape == (2, 3, 5)
     with pytest.raises(ValueError, match="a row has none"):
         M.mean_pool(hidden[0], torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]))
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 3, 4\), got \(2, 4\)"):

@@ -49,8 +49,8 @@ def test_text_that_looks_like_a_special_token_is_text():
         tokenizer = X.train_tokenizer("a<pad>b<eos>", kind, size)
         ids = tokenizer.encode("<pad>a<eos>")
         assert min(ids) > 4 and tokenizer.decode(ids, skip_special_tokens=True) == "<pad>a<eos>"
-    words = X.train_tokenizer("one <pad> two", "word")
-    assert len(words) == 7 and words.encode("one two") == [5, 6]
+    words = X.train_tokenizer("one <pad> two <odd>", "word")
+    assert words.encode("one <pad> <odd> two<eos>") == [6, 1, 1, 5, 1, 1] and words.decode([6, 5]) == "one <odd>"
 
 
 def test_words_split_at_white_space_and_the_rare_ones_go_first():
