@@ -99,18 +99,18 @@ def _relative_distances(x: Tensor) -> Tensor:
     mean = masked_mean(distances, distances > 0)
     return distances / torch.where(mean > 0, mean, 1)
 
-# %% ../nbs/foundations/representations.ipynb #fc3dd9f1
+# %% ../nbs/foundations/representations.ipynb #09f046b8
 def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """The smooth L1 difference of two matrices of pairwise distances, each divided by its mean non-zero distance, a scalar.
 
     `student` (N, D1), `teacher` (N, D2): embeddings of the same N inputs; the mean is over all N² pairs. Neither side is detached.
-    Source: Park et al. 2019, equations 4 and 5. ValueError: not two matrices with the same number of rows.
+    Source: Park et al. 2019, distance-wise loss. ValueError: not two matrices with the same number of rows.
     """
     _check_embeddings(student, teacher)
     student, teacher = _float(student, teacher)
     return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
 
-# %% ../nbs/foundations/representations.ipynb #923491e1
+# %% ../nbs/foundations/representations.ipynb #3d86c684
 def _angles(x: Tensor) -> Tensor:
     directions = _unit(x[None] - x[:, None])  # (N, N, D): from i to j
     return directions @ directions.transpose(1, 2)  # (N, N, N): at i, between j and k
@@ -120,17 +120,17 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """The smooth L1 difference of the cosines of the angles that all triples of embeddings form, a scalar.
 
     `student` (N, D1), `teacher` (N, D2): embeddings of the same N inputs; the mean is over all N³ triples. Neither side is detached.
-    Source: Park et al. 2019, equations 6 and 7. ValueError: not two matrices with the same number of rows.
+    Source: Park et al. 2019, angle-wise loss. ValueError: not two matrices with the same number of rows.
     """
     _check_embeddings(student, teacher)
     student, teacher = _float(student, teacher)
     return F.smooth_l1_loss(_angles(student), _angles(teacher))
 
-# %% ../nbs/foundations/representations.ipynb #d29e8873
+# %% ../nbs/foundations/representations.ipynb #35419b3b
 def linear_cka(a: Tensor, b: Tensor) -> Tensor:
     """The linear centred kernel alignment of two representations (N, D1) and (N, D2) of the same N inputs, a float64 scalar in [0, 1].
 
-    Columns are centred inside. A constant representation gives 0. Source: Kornblith et al. 2019, equation 5.
+    Columns are centred inside. A constant representation gives 0. Source: Kornblith et al. 2019, linear CKA.
     ValueError: not two matrices with the same number of rows, fewer than two rows.
     """
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < 2:
