@@ -190,7 +190,7 @@ def shown_path(path: Path) -> str:
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-# %% ../../nbs/book/cli.ipynb #aded5b69
+# %% ../../nbs/book/cli.ipynb #22fbf8be
 COLOURS = {"reproduced": "green", "contradicted": "red", "inconclusive": "yellow", "one seed": "dim"}
 
 
@@ -223,17 +223,13 @@ def report(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER
     if form != "table":
         sys.stdout.write(to_csv(rows) if form == "csv" else to_markdown(rows))
         return
-    from rich.table import Table
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("chapter", "claim", "margin", "95 % interval", "seeds", "verdict"):
-        table.add_column(column, justify="right" if column in ("margin", "95 % interval", "seeds") else "left", no_wrap=column not in ("claim",))
-    for i, row in enumerate(rows):
-        first = i == 0 or rows[i - 1].chapter != row.chapter
-        ends = "" if row.low != row.low else f"{row.low:+.3g} to {row.high:+.3g}"
-        table.add_row(row.chapter if first else "", row.sentence, f"{row.mean:+.3g} {row.unit}".strip(), ends, str(row.seeds), f"[{COLOURS[row.verdict]}]{row.verdict}[/]")
     out = console()
-    out.soft_wrap = False
-    out.print(table)
+    for i, row in enumerate(rows):
+        if i == 0 or rows[i - 1].chapter != row.chapter:
+            out.print(f"[bold]{row.chapter}[/bold] ({preset})")
+        ends = "" if row.low != row.low else f" [{row.low:+.3g}, {row.high:+.3g}]"
+        out.print(f"  [{COLOURS[row.verdict]}]{row.verdict:12}[/] {row.sentence}")
+        out.print(f"  {'':12} margin {row.mean:+.3g}{ends} {row.unit}".rstrip() + f", {row.seeds} seed{'s' * (row.seeds > 1)}", markup=False)
     counts = {name: sum(row.verdict == name for row in rows) for name in VERDICTS}
     out.print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
