@@ -23,7 +23,11 @@ run: $(READY)
 	$(BIN)/kdbook run llm/taid
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+site: $(READY)
+	$(BIN)/kdbook run --all --jobs 2
+	$(BIN)/kdbook site
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
