@@ -141,7 +141,7 @@ class History(list):
         label_lines(ax)
         return ax
 
-# %% ../nbs/foundations/training.ipynb #423f2c91
+# %% ../nbs/foundations/training.ipynb #e9929ebd
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -156,7 +156,7 @@ def _accelerator(device: torch.device, precision: str, accumulate: int):
             AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate, step_scheduler_with_optimizer=False)
 
-
+# %% ../nbs/foundations/training.ipynb #40191d25
 def _rng_state() -> dict:
     """The state of all random generators, made of what `torch.load(weights_only=True)` accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
@@ -176,7 +176,7 @@ def _restore_rng(state: dict) -> None:
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
-
+# %% ../nbs/foundations/training.ipynb #7372d819
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module):
     """A context in which `model` is in eval mode, no gradient is recorded, and no random state is consumed."""
@@ -189,7 +189,7 @@ def evaluation_mode(model: nn.Module):
         model.train(training)
         _restore_rng(state)
 
-
+# %% ../nbs/foundations/training.ipynb #a8707a43
 def _share(batch, rank: int, processes: int):
     """The part of a batch that process `rank` trains on: every `processes`-th row."""
     if processes == 1:
@@ -202,7 +202,7 @@ def _share(batch, rank: int, processes: int):
         return type(batch)(_share(part, rank, processes) for part in batch)
     return batch
 
-
+# %% ../nbs/foundations/training.ipynb #4bc816d2
 def _stream(batches: Iterable, start: int, steps: int) -> Iterator:
     """`steps - start` batches from number `start` on; a finite iterable that can be iterated again starts over."""
     done, source = start, batches.starting_at(start) if hasattr(batches, "starting_at") and start < len(batches) else iter(batches)
@@ -222,7 +222,7 @@ def _stream(batches: Iterable, start: int, steps: int) -> Iterator:
             raise ValueError(f"batches must give {steps} batches or be iterable again, but ended after {done}")
         source = iter(batches)
 
-
+# %% ../nbs/foundations/training.ipynb #3591a0da
 def fit(model: nn.Module, batches: Iterable, loss: Callable, *, steps: int, lr: float = 1e-3, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
         warmup: int = 0, schedule: str = "cosine", clip: float | None = 1.0, accumulate: int = 1, optimizer: Callable | None = None,
         evaluate: Callable | None = None, evaluate_every: int | None = None, device: str | torch.device | None = None, precision: str = "no",
@@ -330,7 +330,7 @@ def fit(model: nn.Module, batches: Iterable, loss: Callable, *, steps: int, lr: 
     history.seconds = time.perf_counter() - started
     return history
 
-
+# %% ../nbs/foundations/training.ipynb #f7853e8e
 def _save_checkpoint(path: Path, model, optimiser, stateful, step, steps, history) -> None:
     """Write the whole state of a run to `path`; a crash while writing leaves the earlier file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
