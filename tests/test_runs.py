@@ -109,8 +109,8 @@ def test_syntax_errors_and_wrong_claims_fail_like_others(book):
 
 
 def test_a_kernel_that_dies_is_said_so(book):
-    make_chapter(book, code=("import os\nprint('going', flush=True)", "os._exit(9)"))
-    with pytest.raises(RunError, match="the kernel died in cell"):
+    make_chapter(book, code=("import os\nprint('going', flush=True)", "os.write(2, b'out of paper'); os._exit(9)"))
+    with pytest.raises(RunError, match="the kernel died in cell 4 of 4.*\nits last words: .*out of paper"):
         run("llm/demo")
     assert (book / "runs/tiny/llm/demo/seed0.failed.ipynb").is_file() and not (book / "runs/tiny/llm/demo/seed0.ipynb").exists()
 

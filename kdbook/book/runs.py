@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMERICAL', 'PROVENANCE', 'version', 'imported_modules', 'module_files', 'source_hash', 'device_kind', 'variant',
-           'RunError', 'RunResult', 'run_folder', 'kernel_environment', 'end_kernels', 'describe_failure',
+           'RunError', 'RunResult', 'run_folder', 'kernel_environment', 'end_kernels', 'cell_place', 'describe_failure',
            'threads_for', 'run', 'select_one', 'Job', 'plan', 'run_all']
 
 # %% ../../nbs/book/runs.ipynb #93303f38
@@ -142,7 +142,7 @@ def run_folder(chapter: Chapter, preset: str, values: dict, runs: Path) -> Path:
     """The folder of a run's executed notebook."""
     return runs / preset / chapter.id / variant(chapter, preset, values)
 
-# %% ../../nbs/book/runs.ipynb #63eb1ad5
+# %% ../../nbs/book/runs.ipynb #75da363c
 _kernels: dict[int, object] = {}  # running kernels by process id, so that Ctrl-C can end them
 _kernels_lock = threading.Lock()
 _stopping = threading.Event()  # set while Ctrl-C ends the runs: a kernel that dies then is no failure
@@ -214,7 +214,7 @@ def _execute(source: Path, target: Path, parameters: dict, *, threads: int, root
             start, complete = nb_man.cell_start, nb_man.cell_complete
 
             def cell_start(cell, cell_index=None, **kwargs):
-                state.update(cell=cell_index, pid=manager.provisioner.pid if manager.provisioner else None)
+                state.update(source=cell.source, pid=manager.provisioner.pid if manager.provisioner else None)
                 with _kernels_lock:
                     _kernels.setdefault(state["pid"], manager)
                 if progress:
@@ -228,8 +228,13 @@ def _execute(source: Path, target: Path, parameters: dict, *, threads: int, root
 
             nb_man.cell_start, nb_man.cell_complete = cell_start, cell_complete
             try:
-                return client.execute(env=kernel_environment(threads, root), cwd=str(target.parent), cleanup_kc=True)
+                with open(os.path.join(sockets, "kernel.log"), "wb") as kernel_log:
+                    return client.execute(env=kernel_environment(threads, root), cwd=str(target.parent), cleanup_kc=True, stdout=kernel_log, stderr=kernel_log)
             finally:
+                said = Path(sockets, "kernel.log").read_text(encoding="utf-8", errors="replace").strip()
+                state["said"] = said
+                if said and log:
+                    papermill_log.info(said)
                 with _kernels_lock:
                     _kernels.pop(state.get("pid"), None)
 
@@ -242,8 +247,14 @@ def _execute(source: Path, target: Path, parameters: dict, *, threads: int, root
         papermill_engines._engines.pop(engine, None)
         shutil.rmtree(sockets, ignore_errors=True)
 
-# %% ../../nbs/book/runs.ipynb #d3cb9816
+# %% ../../nbs/book/runs.ipynb #6a1a39c0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def cell_place(chapter: Chapter, source: str) -> str:
+    """Where a cell with this text stands in the chapter, as a reader counts: "cell 4 of 60"."""
+    cells = ["".join(cell["source"]) for cell in chapter.notebook["cells"]]
+    return f"cell {cells.index(source) + 1} of {len(cells)}" if source in cells else "the cell with the given parameters"
 
 
 def describe_failure(chapter: Chapter, error) -> str:
@@ -253,14 +264,11 @@ def describe_failure(chapter: Chapter, error) -> str:
     numbers = [int(n) for n in re.findall(r"^Cell In\[\d+\], line (\d+)", trace, re.M)] or [int(n) for n in re.findall(r"line (\d+)", trace)[-1:]]
     number = numbers[-1] if numbers else 1
     code = lines[number - 1].strip() if 0 < number <= len(lines) else ""
-    source = ["".join(cell["source"]) for cell in chapter.notebook["cells"]]
-    place = source.index(error.source) + 1 if error.source in source else None
-    where = f"cell {place} of {len(source)}" if place else "the cell with the given parameters"
     inner = re.findall(r"File .*?[/\\](kdbook[/\\][\w/\\]+\.py):(\d+)", trace)
     origin = f" (from {inner[-1][0]}, line {inner[-1][1]})" if inner else ""
-    return f"{chapter.id}: {where}, line {number}: {code}\n{error.ename}: {_ANSI.sub('', error.evalue)}{origin}"
+    return f"{chapter.id}: {cell_place(chapter, error.source)}, line {number}: {code}\n{error.ename}: {_ANSI.sub('', error.evalue)}{origin}"
 
-# %% ../../nbs/book/runs.ipynb #13fd441d
+# %% ../../nbs/book/runs.ipynb #f7f6a10b
 def _git(root: Path) -> dict:
     """The commit of a checkout and whether files differ from it; empty outside of git."""
     def ask(*words):
@@ -385,7 +393,8 @@ def _make(chapter, preset, values, seed, folder, target, key, source, kind, thre
             if executed.is_file():
                 os.replace(executed, failed)
             peak = f" at {state['memory']:.0f} MiB" if state.get("memory") else ""
-            raise RunError(f"{chapter.id}: the kernel died in cell {state.get('cell', 0)}{peak}; was it killed, or out of memory?\nthe failed notebook: {failed}", failed) from error
+            last = f"\nits last words: {state['said'].splitlines()[-1]}" if state.get("said") else ""
+            raise RunError(f"{chapter.id}: the kernel died in {cell_place(chapter, state.get('source', ''))}{peak}; was it killed, or out of memory?{last}\nthe failed notebook: {failed}", failed) from error
         except ValueError as error:
             os.replace(executed, failed)
             raise RunError(f"{chapter.id}: {error}\nthe failed notebook: {failed}", failed) from error
