@@ -129,6 +129,8 @@ def test_every_chapter_of_this_book_can_be_read_and_its_presets_fit(root, monkey
             resolve(item, preset)
         if item.part in PARTS:
             assert item.presets()[:3] == ["tiny", "real", "paper"], item.id
+            first = next("".join(cell["source"]) for cell in item.notebook["cells"] if cell["cell_type"] == "code")
+            assert "google.colab" in first and f"blob/main/nbs/{item.id}.ipynb" in item.opening, f"{item.id} cannot be opened in Colab"
     import yaml
     for path in (root / "presets").rglob("*.yaml"):
         id = "/".join(path.with_suffix("").parts[-2:])

@@ -233,10 +233,13 @@ def report(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER
     counts = {name: sum(row.verdict == name for row in rows) for name in VERDICTS}
     out.print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
-# %% ../../nbs/book/cli.ipynb #0754cd0a
+# %% ../../nbs/book/cli.ipynb #fab0b306
 TEMPLATE = [
     ("markdown", "# {title}\n\n> After this chapter you can say what {title} changes about plain distillation, and use it in your own training.\n\n"
-                 "**Paper:** authors, *title*, venue, year · arXiv · official code\n\n**Presets:** tiny, under a minute on a laptop"),
+                 "**Paper:** authors, *title*, venue, year · arXiv · official code\n\n**Presets:** tiny, under a minute on a laptop\n\n"
+                 "[Open in Colab](https://colab.research.google.com/github/kdbook/kdbook/blob/main/nbs/{chapter}.ipynb); the first cell installs kdbook there."),
+    ("code", "import sys\n\nif \"google.colab\" in sys.modules:  # elsewhere kdbook is installed already\n"
+             "    get_ipython().run_line_magic(\"pip\", \"install -q git+https://github.com/kdbook/kdbook\")"),
     ("parameters", "steps: int = 200  # optimiser steps of each student\ntemperature: float = 2.0  # softens teacher and student\n"
                    "seed: int = 0  # seed of every random choice\ndevice: str = \"cpu\"  # \"cpu\", \"cuda\", \"cuda:1\", \"mps\" or \"auto\"\n"
                    "out_dir: str = \"\"  # folder for the figures; empty: show them only"),
@@ -278,7 +281,7 @@ def new_notebook(chapter: str, title: str) -> dict:
     import hashlib
     slug, cells = chapter.split("/")[1], []
     for i, (kind, source) in enumerate(TEMPLATE):
-        text = source.format(title=title, module=chapter.replace("/", "."), slug=slug) if kind != "parameters" else source
+        text = source.format(title=title, module=chapter.replace("/", "."), slug=slug, chapter=chapter) if kind != "parameters" else source
         cell = {"cell_type": "markdown" if kind == "markdown" else "code", "id": hashlib.sha256(f"{chapter}{i}".encode()).hexdigest()[:8],
                 "metadata": {"tags": ["parameters"]} if kind == "parameters" else {}, "source": text.splitlines(True)}
         cells.append(cell if kind == "markdown" else {**cell, "execution_count": None, "outputs": []})
