@@ -100,6 +100,9 @@ def test_report_in_all_forms_and_the_ledger(book):
     code, out, err = kdbook("report", "--format", "csv", "--write")
     assert out.startswith("chapter,preset,claim,verdict,") and out.splitlines()[1].startswith("llm/demo,tiny,c,reproduced,5.01,")
     assert (book / "results/ledger.csv").read_text() == out and "1 rows" in err
+    make_chapter(book, code=(CLAIM, "print('a newer version')"))
+    assert shell("run", "demo").returncode == 0
+    assert "2 runs of an older version left out" in kdbook("report")[1]
 
 
 def test_new_gives_a_chapter_that_runs(book):

@@ -190,7 +190,7 @@ def shown_path(path: Path) -> str:
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-# %% ../../nbs/book/cli.ipynb #22fbf8be
+# %% ../../nbs/book/cli.ipynb #e684742e
 COLOURS = {"reproduced": "green", "contradicted": "red", "inconclusive": "yellow", "one seed": "dim"}
 
 
@@ -200,7 +200,7 @@ def report(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER
            form: Annotated[str, typer.Option("--format", help="table, markdown or csv.")] = "table",
            write: Annotated[bool, typer.Option("--write", help="Put the rows into results/ledger.csv.")] = False) -> None:
     """Give every claim a verdict from the seeds that were run."""
-    from kdbook.book.claims import VERDICTS, ledger, merge, to_csv, to_markdown
+    from kdbook.book.claims import VERDICTS, executed, ledger, merge, to_csv, to_markdown
     try:
         if form not in ("table", "markdown", "csv"):
             raise ValueError(f"--format must be table, markdown or csv, got {form!r}")
@@ -226,7 +226,8 @@ def report(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER
     out = console()
     for i, row in enumerate(rows):
         if i == 0 or rows[i - 1].chapter != row.chapter:
-            out.print(f"[bold]{row.chapter}[/bold] ({preset})")
+            older = len(executed(runs_folder(), preset, row.chapter)) - row.seeds
+            out.print(f"[bold]{row.chapter}[/bold] ({preset})" + (f"; {older} run{'s' * (older > 1)} of an older version left out" if older else ""))
         ends = "" if row.low != row.low else f" [{row.low:+.3g}, {row.high:+.3g}]"
         out.print(f"  [{COLOURS[row.verdict]}]{row.verdict:12}[/] {row.sentence}")
         out.print(f"  {'':12} margin {row.mean:+.3g}{ends} {row.unit}".rstrip() + f", {row.seeds} seed{'s' * (row.seeds > 1)}", markup=False)
