@@ -7,13 +7,13 @@ __all__ = ['WORLD_VERSION', 'LOWEST', 'HIGHEST', 'STANDARD_BINS', 'VOWELS', 'CON
            'FORMANT_WIDTH', 'PEAK', 'SLOWEST', 'CONTRAST', 'LOUDNESS', 'FRAME_RATE', 'CONFIGURATIONS', 'mel', 'to_bins',
            'syllable_track', 'Utterances', 'Speech', 'log_mel', 'class_incremental', 'make']
 
-# %% ../../nbs/worlds/speech.ipynb #c964b70d
+# %% ../../nbs/worlds/speech.ipynb #f4d12ec6
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .common import SPLITS, Rows, check_choice, check_knobs, concatenate, content_split, draw_split, stream_rng
+from .common import Rows, check_choice, check_knobs, concatenate, draw_split, stream_rng
 
 WORLD_VERSION = 1
 
