@@ -1,6 +1,5 @@
 """Chains: exact probabilities, named random streams, relatives, named configurations."""
 import hashlib
-import json
 import math
 import subprocess
 import sys
@@ -12,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdbook.worlds.chains import CHAIN_CONFIGURATIONS, WORLD_VERSION, Chain, make
-from kdbook.worlds.common import fingerprint, stream_rng
+from kdbook.worlds.chains import WORLD_VERSION, Chain, make
+from kdbook.worlds.common import stream_rng
 
-HASHES = json.loads((Path(__file__).parent / "hashes_tongues.json").read_text())
 knobs = st.fixed_dictionaries({"vocab": st.integers(2, 6), "order": st.integers(1, 3), "sharpness": st.floats(0, 3), "seed": st.integers(0, 50)})
 
 
@@ -161,16 +159,6 @@ def test_empty_and_dataset():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def chain_hash(name: str) -> str:
-    made = make(name, seed=0)
-    return fingerprint(*[chain.sample(64, 12) for chain in (made if isinstance(made, list) else [made])])
-
-
-@pytest.mark.parametrize("name", CHAIN_CONFIGURATIONS)
-def test_stored_hash(name):
-    assert chain_hash(name) == HASHES[f"tongues/{name}@{WORLD_VERSION}"]
 
 
 def test_two_processes_agree():

@@ -89,73 +89,13 @@ def entailment(premise: Meanings, hypothesis: Meanings) -> np.ndarray:
     included = ((general < 0) | (general == specific)).all(-1)
     return np.where(~included, 1, np.where(negated == hypothesis.negated[:, 0], 0, 2))
 
-# %% ../../nbs/worlds/grammar.ipynb #98186878
+# %% ../../nbs/worlds/grammar.ipynb #cbd5c79f
 DEFAULT_PARENTS = {"action": "agent", "patient": "action", "modifier": "patient", "place": "action", "time": "place"}
 UNKNOWN, EMPTY = -2, -1
 
 
-@dataclass(frozen=True)
-class Grammar:
-    """What texts of a world can mean, each with its exact probability.
-
-    `slots`: names of a clause's slots; the first two are always filled; a trailing digit makes one more slot of a kind.
-    `concepts`: concepts of each kind (an int: of every kind). `parents`: index of each slot's parent, None for a root (None: the usual tree; a slot of
-    another name hangs on the one before it). `clusters`: hidden groups of each kind (None: every concept alone).
-    `fan_out`: likely child clusters of a parent's cluster, one number or one for each slot with a parent (None: slots independent);
-    `focus`: probability on them. `zipf`: exponent of the base frequencies, concept 0 first. `topics`, `topic_odds`: hidden topic of a text; how many times likelier
-    a concept is in its own. `negation`: chance that a clause is negated. `presence`: chance that a slot after the second is filled (or one number for each slot).
-    `persistence`: chance that the first slot carries over from the clause before. `seed`: makes the tables.
-    ValueError: a knob out of its range (it is named).
-    """
-    slots: tuple[str, ...] = ("agent", "action", "patient", "modifier", "place", "time")
-    concepts: int | tuple[int, ...] = (16, 16, 16, 8, 8, 6)
-    parents: tuple[int | None, ...] | None = None
-    clusters: int | None = None
-    fan_out: int | tuple[int, ...] | None = None
-    focus: float = 1.0
-    zipf: float = 0.0
-    topics: int = 1
-    topic_odds: float = 1.0
-    negation: float = 0.0
-    presence: float | tuple[float, ...] = 1.0
-    persistence: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self):
-        for knob in ("slots", "concepts", "parents", "fan_out", "presence"):
-            if isinstance(getattr(self, knob), list):
-                object.__setattr__(self, knob, tuple(getattr(self, knob)))
-        if not self.slots or len(set(self.slots)) != len(self.slots):
-            raise ValueError(f"slots must be different names, at least one, got {self.slots}")
-        if isinstance(self.concepts, tuple) and len(self.concepts) != len(self.kinds):
-            raise ValueError(f"concepts must be one number or one for each of the {len(self.kinds)} kinds {', '.join(self.kinds)}, got {self.concepts}")
-        if min(self.counts) < 1:
-            raise ValueError(f"concepts must be at least 1, got {self.concepts}")
-        if self.parents is not None and (len(self.parents) != len(self.slots) or any(p is not None and not 0 <= p < i for i, p in enumerate(self.parents))):
-            raise ValueError(f"parents must give each of the {len(self.slots)} slots None or the index of an earlier slot, got {self.parents}")
-        if self.clusters is not None and not 1 <= self.clusters <= min(self.counts):
-            raise ValueError(f"clusters must lie between 1 and the {min(self.counts)} concepts of the smallest kind, got {self.clusters}")
-        for knob in ("negation", "persistence"):
-            if not 0 <= getattr(self, knob) <= 1:
-                raise ValueError(f"{knob} must lie in [0, 1], got {getattr(self, knob)}")
-        if not 0 < self.focus <= 1:
-            raise ValueError(f"focus must lie in (0, 1], got {self.focus}")
-        if isinstance(self.presence, tuple) and len(self.presence) != len(self.slots) or not all(0 <= p <= 1 for p in np.atleast_1d(self.presence)):
-            raise ValueError(f"presence must be one number in [0, 1], or one for each of the {len(self.slots)} slots, got {self.presence}")
-        if self.zipf < 0 or self.topics < 1 or self.topic_odds <= 0:
-            raise ValueError(f"zipf must be >= 0, topics >= 1 and topic_odds > 0, got {self.zipf}, {self.topics} and {self.topic_odds}")
-        linked = sum(p is not None for p in self._tree)
-        if isinstance(self.fan_out, tuple) and len(self.fan_out) != linked:
-            raise ValueError(f"fan_out must be one number or one for each of the {linked} slots with a parent, got {self.fan_out}")
-        if self.persistence and self._presence[0] < 1:
-            raise ValueError(f"persistence needs a first slot that is always filled, got presence {self._presence[0]}")
-        self._stream("check")
-        self._tables  # a fan_out that does not fit is found here
-
-    def _stream(self, *purpose) -> np.random.Generator:
-        return stream_rng(WORLD_VERSION, self.seed, "/".join(map(str, ("grammar", *purpose))))
-
-    # ---- what the knobs mean
+class _Tables:
+    """What the knobs of `Grammar` mean."""
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -230,7 +170,9 @@ class Grammar:
         groups = self.cluster_of[self.slot_kinds[self.tree[slot]]]
         return np.where(above < 0, groups.max() + 1, groups[above])
 
-    # ---- drawing
+# %% ../../nbs/worlds/grammar.ipynb #bc7a18c9
+class _Draws:
+    """How `Grammar` draws meanings."""
 
     def sample(self, n: int, *, clauses: int = 1, distinct: str | None = None, split: str | None = None, stream: str = "sample") -> Meanings:
         """`n` meanings of `clauses` clauses. The first m of n meanings are those of a draw of m; `stream` names the draw.
@@ -285,7 +227,9 @@ class Grammar:
         negated = streams["negation"].random((n, clauses)) < self.negation if self.negation else np.zeros((n, clauses), dtype=bool)
         return Meanings(concept, negated, topic)
 
-    # ---- exact probabilities
+# %% ../../nbs/worlds/grammar.ipynb #f4b826d8
+class _Probabilities:
+    """Exact probabilities of `Grammar`."""
 
     def check(self, meanings: Meanings) -> np.ndarray:
         """The concepts (N, clauses, slots) of `meanings`, if they fit. ValueError: wrong number of slots, a concept that does not exist."""
@@ -343,7 +287,9 @@ class Grammar:
         """
         return _predictive(self, np.asarray(known), clause, slot)
 
-    # ---- tasks
+# %% ../../nbs/worlds/grammar.ipynb #afe38618
+class _MeaningTasks:
+    """Labels of meanings, and pairs of them, for `Grammar`."""
 
     def joint(self, slots) -> np.ndarray:
         """The exact joint distribution of the clusters of some slots of a clause: one axis for each slot, its last entry for an empty slot."""
@@ -442,10 +388,72 @@ class Grammar:
 
 
 @lru_cache(maxsize=256)
-def _label_table(grammar: Grammar, slots: tuple[str, ...], classes: int) -> np.ndarray:
+def _label_table(grammar: "Grammar", slots: tuple[str, ...], classes: int) -> np.ndarray:
     mass = grammar.joint(slots)
     table = deal_classes(mass.ravel(), classes, grammar.negation, grammar._stream("label", *slots, classes))
     return table.reshape(mass.shape)
+
+# %% ../../nbs/worlds/grammar.ipynb #ff2ba433
+@dataclass(frozen=True)
+class Grammar(_Tables, _Draws, _Probabilities, _MeaningTasks):
+    """What texts of a world can mean, each with its exact probability.
+
+    `slots`: names of a clause's slots; the first two are always filled; a trailing digit makes one more slot of a kind.
+    `concepts`: concepts of each kind (an int: of every kind). `parents`: index of each slot's parent, None for a root (None: the usual tree; a slot of
+    another name hangs on the one before it). `clusters`: hidden groups of each kind (None: every concept alone).
+    `fan_out`: likely child clusters of a parent's cluster, one number or one for each slot with a parent (None: slots independent);
+    `focus`: probability on them. `zipf`: exponent of the base frequencies, concept 0 first. `topics`, `topic_odds`: hidden topic of a text; how many times likelier
+    a concept is in its own. `negation`: chance that a clause is negated. `presence`: chance that a slot after the second is filled (or one number for each slot).
+    `persistence`: chance that the first slot carries over from the clause before. `seed`: makes the tables.
+    ValueError: a knob out of its range (it is named).
+    """
+    slots: tuple[str, ...] = ("agent", "action", "patient", "modifier", "place", "time")
+    concepts: int | tuple[int, ...] = (16, 16, 16, 8, 8, 6)
+    parents: tuple[int | None, ...] | None = None
+    clusters: int | None = None
+    fan_out: int | tuple[int, ...] | None = None
+    focus: float = 1.0
+    zipf: float = 0.0
+    topics: int = 1
+    topic_odds: float = 1.0
+    negation: float = 0.0
+    presence: float | tuple[float, ...] = 1.0
+    persistence: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for knob in ("slots", "concepts", "parents", "fan_out", "presence"):
+            if isinstance(getattr(self, knob), list):
+                object.__setattr__(self, knob, tuple(getattr(self, knob)))
+        if not self.slots or len(set(self.slots)) != len(self.slots):
+            raise ValueError(f"slots must be different names, at least one, got {self.slots}")
+        if isinstance(self.concepts, tuple) and len(self.concepts) != len(self.kinds):
+            raise ValueError(f"concepts must be one number or one for each of the {len(self.kinds)} kinds {', '.join(self.kinds)}, got {self.concepts}")
+        if min(self.counts) < 1:
+            raise ValueError(f"concepts must be at least 1, got {self.concepts}")
+        if self.parents is not None and (len(self.parents) != len(self.slots) or any(p is not None and not 0 <= p < i for i, p in enumerate(self.parents))):
+            raise ValueError(f"parents must give each of the {len(self.slots)} slots None or the index of an earlier slot, got {self.parents}")
+        if self.clusters is not None and not 1 <= self.clusters <= min(self.counts):
+            raise ValueError(f"clusters must lie between 1 and the {min(self.counts)} concepts of the smallest kind, got {self.clusters}")
+        for knob in ("negation", "persistence"):
+            if not 0 <= getattr(self, knob) <= 1:
+                raise ValueError(f"{knob} must lie in [0, 1], got {getattr(self, knob)}")
+        if not 0 < self.focus <= 1:
+            raise ValueError(f"focus must lie in (0, 1], got {self.focus}")
+        if isinstance(self.presence, tuple) and len(self.presence) != len(self.slots) or not all(0 <= p <= 1 for p in np.atleast_1d(self.presence)):
+            raise ValueError(f"presence must be one number in [0, 1], or one for each of the {len(self.slots)} slots, got {self.presence}")
+        if self.zipf < 0 or self.topics < 1 or self.topic_odds <= 0:
+            raise ValueError(f"zipf must be >= 0, topics >= 1 and topic_odds > 0, got {self.zipf}, {self.topics} and {self.topic_odds}")
+        linked = sum(p is not None for p in self._tree)
+        if isinstance(self.fan_out, tuple) and len(self.fan_out) != linked:
+            raise ValueError(f"fan_out must be one number or one for each of the {linked} slots with a parent, got {self.fan_out}")
+        if self.persistence and self._presence[0] < 1:
+            raise ValueError(f"persistence needs a first slot that is always filled, got presence {self._presence[0]}")
+        self._stream("check")
+        self._tables  # finds a fan_out that does not fit
+
+    def _stream(self, *purpose) -> np.random.Generator:
+        return stream_rng(WORLD_VERSION, self.seed, "/".join(map(str, ("grammar", *purpose))))
 
 # %% ../../nbs/worlds/grammar.ipynb #09e79212
 def _predictive(grammar: Grammar, known: np.ndarray, clause: int, slot: int) -> np.ndarray:
