@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETUP', 'HEAVY', 'DOTS', 'Name', 'Module', 'read_module', 'exported_module', 'modules', 'relative', 'known_names',
-           'link_names', 'link_pages', 'cell_role', 'Page', 'fenced', 'attribute', 'folded', 'figure_file', 'number',
-           'signed', 'dot', 'claims_table', 'records_table', 'outputs_text', 'doc_text', 'code_text', 'processed',
-           'front_matter', 'Surroundings', 'run_box', 'provenance', 'neighbours', 'chapter_page', 'opening_rest',
-           'plain_text']
+           'link_names', 'link_pages', 'slug', 'distinct_headings', 'cell_role', 'Page', 'fenced', 'attribute',
+           'folded', 'figure_file', 'number', 'signed', 'dot', 'claim_anchor', 'claims_table', 'records_table',
+           'outputs_text', 'doc_text', 'code_text', 'processed', 'front_matter', 'Surroundings', 'run_box',
+           'provenance', 'neighbours', 'chapter_page', 'opening_rest', 'plain_text']
 
 # %% ../../nbs/book/pages.ipynb #3de96848
 import ast
@@ -188,6 +188,21 @@ def link_pages(text: str, page: str, pages: set[str], github: str, lost: list[st
 
     return _outside_code(text, lambda line: re.sub(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)", one, line))
 
+# %% ../../nbs/book/pages.ipynb #1513092b
+def slug(text: str) -> str:
+    """The identifier that pandoc gives to a heading."""
+    text = re.sub(r"\$([^$]*)\$", r"\1", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    return re.sub(r"^[^a-zà-ÿ]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())) or "section"
+
+
+def distinct_headings(text: str, names: set[str]) -> str:
+    """`text` whose headings have no identifier that is in `names`."""
+    def change(line: str) -> str:
+        found = re.match(r"#{1,6} +(.+)$", line)
+        id = slug(found.group(1).replace("`", "")) if found and "{#" not in line else ""
+        return f"{line} {{#about-{id}}}" if id in names else line
+    return _outside_code(text, change)
+
 # %% ../../nbs/book/pages.ipynb #b72fc42f
 SETUP = {"use_style", "seed_everything", "choose_device"}
 
@@ -257,7 +272,7 @@ def figure_file(folder: Path, seed: int, name: str, png: str) -> tuple[str, "Pat
         return f"{name}.svg", svg
     return f"{name}.png", pixels if pixels.is_file() else base64.b64decode(png)
 
-# %% ../../nbs/book/pages.ipynb #1ba56348
+# %% ../../nbs/book/pages.ipynb #77743859
 DOTS = {"reproduced": "●", "inconclusive": "◐", "contradicted": "○", "one seed": "·"}
 
 
@@ -275,6 +290,11 @@ def dot(verdict: str) -> str:
     return f'<span class="kd-dot kd-{verdict.replace(" ", "-")}" role="img" aria-label="{verdict}" title="{verdict}">{DOTS[verdict]}</span>'
 
 
+def claim_anchor(id: str) -> str:
+    """The anchor of a claim on its chapter's page."""
+    return "claim-" + re.sub(r"[^\w.-]+", "-", id)
+
+
 def claims_table(entries: list[dict], rows: dict[str, Row]) -> str:
     """The claims of a cell as an HTML table; `rows` are the ledger's rows of the chapter by claim."""
     lines = ['<table class="kd-claims"><thead><tr><th scope="col">claim</th><th scope="col">margin in this run</th><th scope="col">verdict over seeds</th></tr></thead><tbody>']
@@ -282,7 +302,7 @@ def claims_table(entries: list[dict], rows: dict[str, Row]) -> str:
         row, margin = rows.get(entry["id"]), float(entry["margin"])
         verdict = f'{dot(row.verdict)} {row.verdict}' if row else dot("one seed") + " one seed"
         held = "holds" if margin > 0 else "does not hold"
-        lines.append(f'<tr id="claim-{attribute(entry["id"])}"><td>{html.escape(entry["sentence"])}</td>'
+        lines.append(f'<tr id="{claim_anchor(entry["id"])}"><td>{html.escape(entry["sentence"])}</td>'
                      f'<td><span class="kd-number">{signed(margin)}</span> {html.escape(entry["unit"])}<br><small>{held}</small></td><td>{verdict}</td></tr>')
     return "\n".join([*lines, "</tbody></table>"])
 
@@ -381,7 +401,7 @@ def code_text(cell: dict, directives: dict, own: Module | None, page: str) -> li
         return [f"::: {{.kd-export}}\n{anchors}[exported to [`{own.module}`]({relative(own.reference, page)})]{{.kd-note}}\n\n{block}\n:::"]
     return [block]
 
-# %% ../../nbs/book/pages.ipynb #ce63442d
+# %% ../../nbs/book/pages.ipynb #df7dffc1
 def processed(notebook: dict) -> list[tuple[dict, dict]]:
     """The cells of a notebook after nbdev's processors, each with its directives. ImportError: nbdev is not installed."""
     from execnb.nbio import dict2nb
@@ -476,6 +496,7 @@ def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder:
     for cell, directives in cells:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"\{\\rm\s+([^{}]*)\}", r"{\\mathrm{\1}}", cell["source"].strip())  # \rm is old TeX that MathML converters refuse
+            text = distinct_headings(text, {name.name for name in own.names} if own else set())
             if not opened:
                 opened = True
                 text = opening_rest(text)
@@ -496,7 +517,7 @@ def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder:
     if page.figures and page.main is None:
         page.main = len(page.figures) - 1
     if chapter.id.split("/")[1] in around.bibtex and chapter.part in PARTS:
-        body.append("## Cite {.unnumbered}\n\nThe paper of this chapter:\n\n" + fenced(around.bibtex[chapter.id.split("/")[1]], "bibtex"))
+        body.append(f"## Cite\n\nThe paper of this chapter is @{chapter.id.split('/')[1]}. As BibTeX:\n\n" + fenced(around.bibtex[chapter.id.split("/")[1]], "bibtex"))
     body += [provenance(meta, chapter, f"{around.github}/commit"), neighbours(page.url, around)]
     part = {**PARTS, **SECTIONS}[chapter.part]
     head = front_matter(title=chapter.title, description=plain_text(chapter.promise), categories=[part],
