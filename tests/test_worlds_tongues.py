@@ -262,24 +262,20 @@ def test_words_spans_and_suffixes():
         assert len(set(together.tolist())) == 10 and together[[s == 2 for _, s, _ in template] * 2].tolist() == together[[s == 3 for _, s, _ in template] * 2].tolist()
 
 
-def test_fillers_stand_at_fixed_places_between_phrases():
-    places = []
-    for seed in range(6):
-        tongues = make("clusters", seed, languages=2, scripts="own", orders=("SVO", "free"))
-        text = tongues.render(tongues.sample(1000), 0)
-        filler = text.pos == tongues.pos_names.index("filler")
-        assert text.ids.shape == (1000, 8) and text.mask.all() and (filler.sum(1) == 2).all() and (filler == filler[0]).all()
-        modifier = np.argwhere(text.slot == 3)
-        assert (text.slot[modifier[:, 0], modifier[:, 1] - 1] == 2).all()  # patient and modifier are one phrase
-        polarity = np.argwhere(text.pos == tongues.pos_names.index("polarity"))
-        assert (text.slot[polarity[:, 0], polarity[:, 1] + 1] == 1).all()  # before its verb
-        places.append(tuple(np.flatnonzero(filler[0])))
-        free = tongues.render(tongues.sample(3000), 1)
-        where = (free.pos == tongues.pos_names.index("filler")).mean(0)
-        assert np.abs(where[[0, 7]] - 2 / 6).max() < 0.04  # four phrases and two fillers in any order
-        words = np.bincount(text.ids[filler])
-        assert (words > 0).sum() == 4 and words.max() < 1.2 * 500
-    assert len(set(places)) > 2
+def test_fillers_close_the_clause():
+    tongues = make("clusters", 1, languages=2, scripts="own", orders=("SVO", "free"))
+    text = tongues.render(tongues.sample(1000), 0)
+    filler = text.pos == tongues.pos_names.index("filler")
+    assert text.ids.shape == (1000, 8) and text.mask.all() and filler[:, 6:].all() and not filler[:, :6].any()
+    modifier = np.argwhere(text.slot == 3)
+    assert (text.slot[modifier[:, 0], modifier[:, 1] - 1] == 2).all()  # patient and modifier are one phrase
+    polarity = np.argwhere(text.pos == tongues.pos_names.index("polarity"))
+    assert (text.slot[polarity[:, 0], polarity[:, 1] + 1] == 1).all()  # before its verb
+    words = np.bincount(text.ids[filler])
+    assert (words > 0).sum() == 4 and words.max() < 1.2 * 500
+    free = tongues.render(tongues.sample(3000), 1)
+    where = (free.pos == tongues.pos_names.index("filler")).mean(0)
+    assert np.abs(where[[0, 7]] - 2 / 6).max() < 0.04  # four phrases and two fillers in any order
 
 
 def test_synonyms_are_used_evenly():
@@ -472,6 +468,28 @@ def test_splits_of_tasks_do_not_overlap():
     for task in ("pos", "ner", "sentiment", "topic"):
         texts = [set(strings(tongues, getattr(tongues, task)(400, split=split).ids)) for split in ("train", "valid", "test")]
         assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+
+
+def test_noise_has_the_stated_rate_and_is_nested():
+    tongues = make("free_six")
+    lang = np.arange(3000) % 4
+    clean = tongues.topic(3000, lang)
+    changed = [tongues.noisy(clean, lang, rate) for rate in (0.0, 0.1, 0.4, 1.0)]
+    where = [c.ids != clean.ids for c in changed]
+    assert not where[0].any() and all((a <= b).all() for a, b in zip(where, where[1:])) and (changed[1].ids[where[1]] == changed[3].ids[where[1]]).all()
+    assert where[2].mean() == pytest.approx(0.4 * 69 / 70, abs=0.01) and (changed[2].label == clean.label).all()
+    for one in range(4):
+        assert set(np.unique(changed[3].ids[lang == one])) == set(tongues.language_ids(one))
+    padded = Tongues(Grammar(presence=0.3)).topic(100)
+    assert (Tongues(Grammar(presence=0.3)).noisy(padded, rate=1.0).ids[~padded.mask] == 0).all()
+    few, which = tongues.redraw_labels(clean.label, 0.2, 4)
+    many, more = tongues.redraw_labels(clean.label, 0.5, 4)
+    assert (which <= more).all() and (few[which] == many[which]).all() and (few[~which] == clean.label[~which]).all() and more.mean() == pytest.approx(0.5, abs=0.03)
+    assert np.bincount(many[more]).min() > 0.2 * more.sum()
+    for call, message in ((lambda: tongues.noisy(clean, lang, 2), "rate must lie in"), (lambda: tongues.redraw_labels([5], 0.1, 4), "labels must lie in"),
+                          (lambda: tongues.redraw_labels([0], -1, 4), "rate must lie in")):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # ---- vectors, records

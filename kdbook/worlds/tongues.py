@@ -23,16 +23,16 @@ from .tongues_tasks import ENTITIES, QA, Examples, Pairs, Tasks, Text, pack
 # %% ../../nbs/worlds/tongues.ipynb #8e73c523
 _all_ = ["WORLD_VERSION", "Chain", "Grammar", "Meanings", "Facts", "Statements", "Lexicon", "NLI_LABELS", "entailment", "edit_distance", "Text", "Examples", "Pairs", "QA"]
 
-# %% ../../nbs/worlds/tongues.ipynb #8653f768
+# %% ../../nbs/worlds/tongues.ipynb #c19f2394
 ORDERS = ("SVO", "SOV", "VSO", "VOS", "OVS", "OSV", "free")
 MARKINGS = ("none", "suffix", "before", "after")
 SLOT, MARKER, POLARITY, FILLER = 0, 1, 2, 3
 
 
-def clause_template(grammar: Grammar, order: str = "SVO", marking: str = "none", gaps=()) -> list[tuple[int, int, int]]:
+def clause_template(grammar: Grammar, order: str = "SVO", marking: str = "none", fillers: int = 0) -> list[tuple[int, int, int]]:
     """The words of a full clause in their order, each as (role, slot, unit): role SLOT, MARKER (of that slot), POLARITY or FILLER (slot -1).
 
-    Units stay together in a "free" language: phrases, numbered in their order, then fillers. `gaps`: for each filler the number of phrases before it.
+    Units stay together in a "free" language: phrases, numbered in their order, then each of the fillers.
     ValueError: an unknown order or marking.
     """
     check_choice("order", order, ORDERS)
@@ -46,19 +46,16 @@ def clause_template(grammar: Grammar, order: str = "SVO", marking: str = "none",
     around = [s for s in heads if s > 2]
     phrases = core + around if head_first else around[::-1] + core
     template = []
-    for unit, head in enumerate((*phrases, None)):
-        template += [(FILLER, -1, len(phrases) + i) for i, gap in enumerate(gaps) if gap == unit]
-        if head is None:
-            break
+    for unit, head in enumerate(phrases):
         noun, words = [head] + [s for s, parent in modifiers.items() if parent == head], []
         for s in noun if head_first else noun[::-1]:
             words += {"before": [(MARKER, s), (SLOT, s)], "after": [(SLOT, s), (MARKER, s)]}.get(marking, [(SLOT, s)])
         if grammar.negation and head == min(1, size - 1):
             words.insert(0 if head_first else len(words), (POLARITY, -1))
         template += [(role, s, unit) for role, s in words]
-    return template
+    return template + [(FILLER, -1, len(phrases) + i) for i in range(fillers)]
 
-# %% ../../nbs/worlds/tongues.ipynb #312d4baa
+# %% ../../nbs/worlds/tongues.ipynb #9277024f
 class _Habits:
     """What the knobs of `Tongues` say about each language."""
 
@@ -90,8 +87,7 @@ class _Habits:
         bare = [clause_template(self.grammar, self._dealt("orders", lang), self._dealt("marking", lang)) for lang in range(self.count)]
         most = [self.fillers if self.clause_words is None else self.clause_words - sum(role == POLARITY or self.grammar._presence[s] == 1 for role, s, _ in template)
                 for template in bare]
-        gaps = [self._stream("fillers", self._source(lang)).integers(2 + template[-1][2], size=max(0, count)).tolist() for lang, (template, count) in enumerate(zip(bare, most))]
-        return tuple(clause_template(self.grammar, self._dealt("orders", lang), self._dealt("marking", lang), gaps[lang]) for lang in range(self.count))
+        return tuple(clause_template(self.grammar, self._dealt("orders", lang), self._dealt("marking", lang), max(0, most[lang])) for lang in range(self.count))
 
     @cached_property
     def script_of(self) -> tuple[str, ...]:
@@ -229,7 +225,7 @@ class _Vocabulary:
         self._language(lang)
         return replace(self, clones=(*self.clones, int(lang)))
 
-# %% ../../nbs/worlds/tongues.ipynb #5f80d0e0
+# %% ../../nbs/worlds/tongues.ipynb #01aee306
 @dataclass(frozen=True)
 class Tongues(_Habits, _Vocabulary, Tasks):
     """Languages that say the meanings of one grammar. A tuple for `scripts`, `orders` or `marking` is dealt to the languages in turn.
@@ -237,8 +233,8 @@ class Tongues(_Habits, _Vocabulary, Tasks):
     `grammar`: what is said (None: `Grammar(seed=seed)`). `languages`: how many. `families`: family of each, or a number of families dealt in turn.
     `sizes`: sentences in each language's `corpus`. `cognates`, `kin`, `borrowed`, `sound_changes`, `drift`, `syllables`, `alphabet`, `ending`: see `Lexicon`.
     `scripts`: "own", or the name of one such as "latin". `orders`: SVO, SOV, VSO, VOS, OVS, OSV or "free". `marking`: "none", "suffix", "before", "after".
-    `unit`: a token is a "word", "morpheme", "syllable" or "letter". `synonyms`: words for each concept, used at random. `fillers`: empty words in each clause, at
-    fixed places between phrases, drawn at random from a stock of `filler_words`; `clause_words`: fill up each clause with them to so many words instead.
+    `unit`: a token is a "word", "morpheme", "syllable" or "letter". `synonyms`: words for each concept, used at random. `fillers`: empty words that
+    close each clause, drawn at random from a stock of `filler_words`; `clause_words`: fill up each clause with them to so many words instead.
     `crossover`: chance that an entity slot is filled by a word of another entity kind (its tag stays). `questions`: languages have question words.
     `romanise`: the vocabulary also holds the Latin spelling of every token. `facts`: hidden truths about the concepts, if a chapter needs them.
     `clones`: made by `clone`. ValueError: a knob out of its range (it is named).

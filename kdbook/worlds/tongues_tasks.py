@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENTITIES', 'Text', 'Examples', 'Pairs', 'QA', 'pack', 'Tasks']
 
-# %% ../../nbs/worlds/tongues_tasks.ipynb #6959b49e
-from dataclasses import dataclass
+# %% ../../nbs/worlds/tongues_tasks.ipynb #f489dbe8
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -151,7 +151,38 @@ class _TextPairs:
         ids, word, slot, tag = pack(flat[0], k * ids.shape[-1], *flat[1:], fill=(0, -1, -1, 0))
         return Text(ids, word >= 0, word, slot, np.full_like(ids, -1), slot, tag)
 
-# %% ../../nbs/worlds/tongues_tasks.ipynb #bfe745f2
+# %% ../../nbs/worlds/tongues_tasks.ipynb #0ae375de
+class _Noise:
+    """Noise of known strength; a part of `Tongues`."""
+
+    def noisy(self, record, lang=0, rate: float = 0.15, *, stream: str = "noise"):
+        """The same record with a share `rate` of the tokens redrawn uniformly from those of its language (or of each row's, `lang` (N,)); labels stay.
+
+        A token that is redrawn at one rate is redrawn, to the same, at every higher rate. ValueError: `rate` outside [0, 1].
+        """
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate must lie in [0, 1], got {rate}")
+        draws, ids = self._stream("noise", stream).random((*record.ids.shape, 2)), record.ids.copy()
+        for one, rows in self.rows_by_language(len(ids), lang):
+            own = self.language_ids(one)
+            ids[rows] = np.where(record.mask[rows] & (draws[rows, :, 0] < rate), own[(draws[rows, :, 1] * len(own)).astype(np.int64)], ids[rows])
+        return replace(record, ids=ids)
+
+    def redraw_labels(self, labels, rate: float, classes: int, *, stream: str = "label noise") -> tuple[np.ndarray, np.ndarray]:
+        """Labels (N,) of which a share `rate` is drawn anew from all classes, and which these are (N,) bool; a redrawn label may come out as it was.
+
+        ValueError: `rate` outside [0, 1], labels outside [0, classes).
+        """
+        labels = np.asarray(labels)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate must lie in [0, 1], got {rate}")
+        if labels.size and (labels.min() < 0 or labels.max() >= classes):
+            raise ValueError(f"labels must lie in [0, {classes}), got {labels.min()} to {labels.max()}")
+        draws = self._stream(stream).random((len(labels), 2))
+        redrawn = draws[:, 0] < rate
+        return np.where(redrawn, (draws[:, 1] * classes).astype(np.int64), labels), redrawn
+
+# %% ../../nbs/worlds/tongues_tasks.ipynb #0cc72bad
 class _Questions:
     """Question answering; a part of `Tongues`."""
 
@@ -178,5 +209,5 @@ class _Questions:
         return QA(ids, mask, question_mask, target.argmax(1), target.shape[1] - 1 - target[:, ::-1].argmax(1), asked)
 
 
-class Tasks(_SingleTexts, _TextPairs, _Questions):
+class Tasks(_SingleTexts, _TextPairs, _Noise, _Questions):
     """All tasks; `Tongues` inherits them and brings the world: `grammar`, `words`, `sample`, `render`."""
