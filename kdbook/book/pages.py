@@ -203,7 +203,7 @@ def distinct_headings(text: str, names: set[str]) -> str:
         return f"{line} {{#about-{id}}}" if id in names else line
     return _outside_code(text, change)
 
-# %% ../../nbs/book/pages.ipynb #b72fc42f
+# %% ../../nbs/book/pages.ipynb #67103248
 SETUP = {"use_style", "seed_everything", "choose_device"}
 
 
@@ -222,7 +222,10 @@ def cell_role(source: str, tags=()) -> str:
         call = node.value if isinstance(node, (ast.Expr, ast.Assign)) else None
         return getattr(call.func, "id", "") if isinstance(call, ast.Call) else ""
 
-    if all(isinstance(node, (ast.Import, ast.ImportFrom)) or called(node) in SETUP for node in body):
+    def lists_names(node):
+        return isinstance(node, ast.Assign) and all(getattr(target, "id", "") in ("_all_", "__all__") for target in node.targets)
+
+    if all(isinstance(node, (ast.Import, ast.ImportFrom)) or called(node) in SETUP or lists_names(node) for node in body):
         return "imports"
     if any(isinstance(node, ast.Call) and getattr(node.func, "id", "") == "save_figure" for node in ast.walk(ast.parse(source))):
         return "figure"
@@ -272,7 +275,7 @@ def figure_file(folder: Path, seed: int, name: str, png: str) -> tuple[str, "Pat
         return f"{name}.svg", svg
     return f"{name}.png", pixels if pixels.is_file() else base64.b64decode(png)
 
-# %% ../../nbs/book/pages.ipynb #77743859
+# %% ../../nbs/book/pages.ipynb #3cdca7b2
 DOTS = {"reproduced": "●", "inconclusive": "◐", "contradicted": "○", "one seed": "·"}
 
 
@@ -303,7 +306,7 @@ def claims_table(entries: list[dict], rows: dict[str, Row]) -> str:
         verdict = f'{dot(row.verdict)} {row.verdict}' if row else dot("one seed") + " one seed"
         held = "holds" if margin > 0 else "does not hold"
         lines.append(f'<tr id="{claim_anchor(entry["id"])}"><td>{html.escape(entry["sentence"])}</td>'
-                     f'<td><span class="kd-number">{signed(margin)}</span> {html.escape(entry["unit"])}<br><small>{held}</small></td><td>{verdict}</td></tr>')
+                     f'<td><span class="kd-number">{signed(margin)}</span> {html.escape(entry["unit"])}<br><small>{held}</small></td><td class="kd-verdict">{verdict}</td></tr>')
     return "\n".join([*lines, "</tbody></table>"])
 
 
@@ -401,7 +404,7 @@ def code_text(cell: dict, directives: dict, own: Module | None, page: str) -> li
         return [f"::: {{.kd-export}}\n{anchors}[exported to [`{own.module}`]({relative(own.reference, page)})]{{.kd-note}}\n\n{block}\n:::"]
     return [block]
 
-# %% ../../nbs/book/pages.ipynb #df7dffc1
+# %% ../../nbs/book/pages.ipynb #be4258f3
 def processed(notebook: dict) -> list[tuple[dict, dict]]:
     """The cells of a notebook after nbdev's processors, each with its directives. ImportError: nbdev is not installed."""
     from execnb.nbio import dict2nb
@@ -517,7 +520,7 @@ def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder:
     if page.figures and page.main is None:
         page.main = len(page.figures) - 1
     if chapter.id.split("/")[1] in around.bibtex and chapter.part in PARTS:
-        body.append(f"## Cite\n\nThe paper of this chapter is @{chapter.id.split('/')[1]}. As BibTeX:\n\n" + fenced(around.bibtex[chapter.id.split("/")[1]], "bibtex"))
+        body.append(f"## Cite\n\nThe paper of this chapter is @{chapter.id.split('/')[1]}. As BibTeX:\n\n" + fenced(around.bibtex[chapter.id.split("/")[1]], "bibtex") + "\n\n::: {#refs}\n:::")
     body += [provenance(meta, chapter, f"{around.github}/commit"), neighbours(page.url, around)]
     part = {**PARTS, **SECTIONS}[chapter.part]
     head = front_matter(title=chapter.title, description=plain_text(chapter.promise), categories=[part],

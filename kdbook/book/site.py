@@ -249,7 +249,7 @@ def gallery_page(book: Book, pages: dict[str, Page], metas: dict[str, dict]) -> 
     return Page("gallery.qmd", front_matter(title="Gallery", description="Every chapter with its main figure, its promise and its verdicts.", toc=True)
                 + "\n" + "\n\n".join([legend, *blocks]) + "\n")
 
-# %% ../../nbs/book/site.ipynb #245dd902
+# %% ../../nbs/book/site.ipynb #e787396e
 def interval_text(row: Row) -> str:
     return "" if math.isnan(row.low) else f"[{number(row.low)}, {number(row.high)}]"
 
@@ -263,10 +263,10 @@ def ledger_table(book: Book) -> str:
     for row in book.rows:
         width = "" if math.isnan(row.low) else f"{row.high - row.low:.6g}"
         lines.append(f'<tr data-part="{row.chapter.split("/")[0]}" data-verdict="{row.verdict}" data-preset="{row.preset}">'
-                     f'<td><a href="{row.chapter}.html">{html.escape(titles[row.chapter])}</a></td>'
+                     f'<td><a href="{row.chapter}.html" title="{attribute(titles[row.chapter])}">{row.chapter}</a></td>'
                      f'<td><a href="{row.chapter}.html{"#" + claim_anchor(row.claim) if row.chapter in book.executed else ""}">{html.escape(row.sentence)}</a></td>'
                      f'<td class="kd-number" data-value="{row.mean:.6g}">{signed(row.mean)} {html.escape(row.unit)}</td><td class="kd-number" data-value="{width}">{interval_text(row)}</td>'
-                     f'<td class="kd-number" data-value="{row.seeds}">{row.seeds}</td><td>{dot(row.verdict)} {row.verdict}</td><td>{html.escape(row.preset)}</td></tr>')
+                     f'<td class="kd-number" data-value="{row.seeds}">{row.seeds}</td><td class="kd-verdict">{dot(row.verdict)} {row.verdict}</td><td>{html.escape(row.preset)}</td></tr>')
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
@@ -334,15 +334,15 @@ with no effect at all would be called reproduced in 2.5 % of the cases. [Claims]
         [f"{len(book.rows)} claims: {counts}. [Download as CSV](ledger.csv). How [verdicts are made](#how-a-verdict-is-made).", form, table, how, "## Forest plots\n\nA diamond is a single seed, without an interval.", *plots]) + "\n"
     return page
 
-# %% ../../nbs/book/site.ipynb #c6d13eb7
+# %% ../../nbs/book/site.ipynb #2c85a1b2
 def module_page(module: Module) -> Page:
     """The reference page of a module."""
     target = module.reference.removesuffix(".html") + ".qmd"
     blocks = [doc_text(module.doc), f"Explained in [{plain_text(module.title)}]({relative(module.page, module.reference)})."]
     for name in module.names:
         anchor = f"{relative(module.page, module.reference)}#{name.name}" if name.kind != "constant" else relative(module.page, module.reference)
-        blocks.append(f"## {name.name} {{#{name.name}}}\n\n{fenced(name.signature, 'python')}\n\n{doc_text(name.doc)}\n\n[Derivation and code]({anchor})")
-        blocks += [f"**Method** `{method.name}`\n\n{fenced(method.signature, 'python')}\n\n{doc_text(method.doc)}" for method in name.methods]
+        blocks.append(f"## {name.name} {{#{name.name}}}\n\n::: {{.kd-signature}}\n{fenced(name.signature, 'python')}\n:::\n\n{doc_text(name.doc)}\n\n[Derivation and code]({anchor})")
+        blocks += [f"**Method** `{method.name}`\n\n::: {{.kd-signature}}\n{fenced(method.signature, 'python')}\n:::\n\n{doc_text(method.doc)}" for method in name.methods]
     return Page(target, front_matter(title=module.module, description=f"Reference of {module.module}") + "\n" + "\n\n".join(block for block in blocks if block) + "\n")
 
 
@@ -386,7 +386,7 @@ def quarto_settings(book: Book) -> str:
     settings["website"]["sidebar"] = {"style": "docked", "collapse-level": 1, "contents": contents}
     return "# Made by `kdbook site` from the root _quarto.yml and the notebooks.\n" + yaml.safe_dump(settings, allow_unicode=True, sort_keys=False, width=10_000)
 
-# %% ../../nbs/book/site.ipynb #289a8250
+# %% ../../nbs/book/site.ipynb #87c3c341
 HERO = ("A teacher distribution with two bumps of different height. The student fitted by forward KL is one wide bump over both; "
         "the student fitted by reverse KL is a narrow bump on the taller one.")
 
@@ -416,8 +416,9 @@ def hero_figure(size=(7.2, 2.9), kind: str = "svg") -> bytes:
         ax.plot(x, teacher, color=COLOURS["teacher"], linewidth=2.5)
         ax.plot(x, forward, color=COLOURS["method"], linewidth=2.5)
         ax.plot(x, reverse, color=COLOURS["second"], linewidth=2.5, linestyle="--")
-        ax.annotate("teacher", (2.4, 0.24), color=COLOURS["teacher"], ha="center", fontweight="bold")
-        ax.annotate("forward KL covers the valley", (0.35, 0.2), color=COLOURS["method"], ha="left", fontweight="bold")
+        ax.annotate("teacher", (2.4, 0.235), color=COLOURS["teacher"], ha="center", fontweight="bold")
+        ax.annotate("forward KL covers the valley", (0.45, 0.172), (0.75, 0.33), color=COLOURS["method"], ha="left", fontweight="bold",
+                    arrowprops={"arrowstyle": "-", "color": COLOURS["method"], "shrinkA": 2, "shrinkB": 2})
         ax.annotate("reverse KL drops a bump", (-0.75, 0.55), color=COLOURS["second"], ha="left", fontweight="bold")
         ax.set_axis_off()
         ax.set_ylim(0, 0.72)

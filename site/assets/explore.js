@@ -80,18 +80,17 @@
   const normal = (x, mean, width) => Math.exp(-0.5 * ((x - mean) / width) ** 2) / (width * Math.sqrt(2 * Math.PI));
 
   function divergences(place) {
-    const picture = svg("svg", { viewBox: "0 0 640 300", role: "img" }, place);
-    const title = svg("title", {}, picture);
+    const picture = svg("svg", { viewBox: "0 0 640 300", role: "group", "aria-labelledby": "kd-divergences-title" }, place);
+    const title = svg("title", { id: "kd-divergences-title" }, picture);
     const sx = (x) => 20 + (600 * (x - LOW)) / (HIGH - LOW);
     const TALL = 0.75, sy = (y) => 270 - (250 * Math.min(y, TALL)) / TALL;
     svg("line", { x1: 20, x2: 620, y1: 270, y2: 270, style: "stroke:var(--kd-soft)" }, picture);
     const area = svg("path", { style: "fill:var(--kd-teacher);fill-opacity:.2;stroke:var(--kd-teacher);stroke-width:3" }, picture);
     const forward = svg("path", { style: "fill:none;stroke:var(--kd-method);stroke-width:3" }, picture);
     const reverse = svg("path", { style: "fill:none;stroke:var(--kd-second);stroke-width:3;stroke-dasharray:9 5" }, picture);
-    ["teacher", "forward KL", "reverse KL"].forEach((text, i) => {
-      const node = svg("text", { x: 32, y: 26 + 21 * i, "font-size": 15, "font-weight": "bold", style: "fill:var(--kd-" + ["teacher", "method", "second"][i] + ")" }, picture);
-      node.textContent = ["▬ ", "▬ ", "▪▪ "][i] + text;
-    });
+    const legend = element("p", { class: "kd-legend" });
+    ["▬ teacher", "▬ forward KL", "▪▪ reverse KL"].forEach((text, i) => element("span", { text, style: "color:var(--kd-" + ["teacher", "method", "second"][i] + ")" }, legend));
+    place.prepend(legend);
     const middle = [slider(place, "place of the first bump", -5, 5, 0.1, -1.8, (v) => v.toFixed(1)), slider(place, "place of the second bump", -5, 5, 0.1, 2.2, (v) => v.toFixed(1))];
     const share = slider(place, "share of the first bump", 0.02, 0.98, 0.01, 0.6, (v) => v.toFixed(2));
     const widths = [slider(place, "width of the first bump", 0.3, 1.5, 0.05, 0.6, (v) => v.toFixed(2)), slider(place, "width of the second bump", 0.3, 1.5, 0.05, 0.75, (v) => v.toFixed(2))];
