@@ -67,13 +67,13 @@ def test_chapter_page(small):
     staged = site.stage(partial=True)
     text = (staged.folder / "llm" / "taid.qmd").read_text()
     head = yaml.safe_load(text.split("---\n")[1])
-    assert head["title"] == "Demo" and head["description"] == "You can do it." and head["image"] == "taid_files/line.svg"
+    assert head["title"] == "Demo" and head["description"] == "You can do it." and head["image"] == "taid_figures/line.svg"
     for there in ("a = `1`", "[]{#double}", "kdbook run llm/taid", "colab.research.google.com/github/kdbook/kdbook/blob/main/nbs/llm/taid.ipynb", 'fig-alt="The &quot;line&quot; &lt;rises&gt;."',
                   'id="claim-better"', "a &lt; b &amp; c", "does not hold", "@inproceedings{taid,", "`steps=7`", "a" * 10, "2.13.0", "<summary>Imports</summary>", "<summary>Code of the figure</summary>"):
         assert there in text, there
     for absent in ("PLUMBING", "WARNING", "WIDGET", "secret", "default_exp", "vnd.", "base64", "steps: int = 5  # how many\n\n</details>"):
         assert absent not in text, absent
-    assert "steps: int = 5" in text and (staged.folder / "llm" / "taid_files" / "line.svg").is_file()
+    assert "steps: int = 5" in text and (staged.folder / "llm" / "taid_figures" / "line.svg").is_file()
     assert staged.missing == tuple(c.id for c in notebooks(small) if c.id != "llm/taid")
 
 
@@ -232,7 +232,7 @@ def test_nothing_is_asked_of_another_host(whole):
 
 def test_pages_are_light(whole):
     for path in whole.folder.rglob("*.qmd"):
-        files = path.with_name(path.stem + "_files")
+        files = path.with_name(path.stem + "_figures")
         assert path.stat().st_size + sum(f.stat().st_size for f in files.glob("*")) <= 1_500_000, path
 
 

@@ -275,7 +275,7 @@ def figure_file(folder: Path, seed: int, name: str, png: str) -> tuple[str, "Pat
         return f"{name}.svg", svg
     return f"{name}.png", pixels if pixels.is_file() else base64.b64decode(png)
 
-# %% ../../nbs/book/pages.ipynb #3cdca7b2
+# %% ../../nbs/book/pages.ipynb #2995499b
 DOTS = {"reproduced": "●", "inconclusive": "◐", "contradicted": "○", "one seed": "·"}
 
 
@@ -285,6 +285,7 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
+    """A number with its sign, also the plus."""
     return ("+" if value > 0 else "") + number(value)
 
 
@@ -311,6 +312,7 @@ def claims_table(entries: list[dict], rows: dict[str, Row]) -> str:
 
 
 def records_table(values: dict) -> str:
+    """Named numbers as an HTML table."""
     lines = ['<div class="kd-scroll"><table class="kd-records"><thead><tr><th scope="col">number</th><th scope="col">value</th></tr></thead><tbody>']
     lines += [f'<tr><td>{html.escape(name)}</td><td class="kd-number">{number(float(value))}</td></tr>' for name, value in values.items()]
     return "\n".join([*lines, "</tbody></table></div>"])
@@ -345,7 +347,7 @@ def outputs_text(cell: dict, page: Page, folder: Path | None, seed: int, rows: d
             about = output.get("metadata", {}).get("image/png", {})
             name = about.get("name") or f"figure-{len(page.figures) + 1}"
             file, content = figure_file(folder or Path("/nonexistent"), seed, name, joined["image/png"])
-            beside = f"{posixpath.basename(page.target).removesuffix('.qmd')}_files/{file}"
+            beside = f"{posixpath.basename(page.target).removesuffix('.qmd')}_figures/{file}"
             path = posixpath.join(posixpath.dirname(page.target), beside)
             page.files[path] = content
             page.figures.append((path, about.get("alt", "")))
@@ -404,7 +406,7 @@ def code_text(cell: dict, directives: dict, own: Module | None, page: str) -> li
         return [f"::: {{.kd-export}}\n{anchors}[exported to [`{own.module}`]({relative(own.reference, page)})]{{.kd-note}}\n\n{block}\n:::"]
     return [block]
 
-# %% ../../nbs/book/pages.ipynb #be4258f3
+# %% ../../nbs/book/pages.ipynb #63f62f71
 def processed(notebook: dict) -> list[tuple[dict, dict]]:
     """The cells of a notebook after nbdev's processors, each with its directives. ImportError: nbdev is not installed."""
     from execnb.nbio import dict2nb
@@ -516,6 +518,8 @@ def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder:
                 blocks = outputs_text(cell, page, folder, meta.get("seed", 0), rows)
                 if len(page.figures) > count and "main" in cell.get("metadata", {}).get("tags", []):
                     page.main = count
+                elif page.main is None and page.figures and any("kd-claims" in block for block in blocks):
+                    page.main = len(page.figures) - 1
                 body += blocks
     if page.figures and page.main is None:
         page.main = len(page.figures) - 1

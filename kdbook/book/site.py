@@ -249,8 +249,9 @@ def gallery_page(book: Book, pages: dict[str, Page], metas: dict[str, dict]) -> 
     return Page("gallery.qmd", front_matter(title="Gallery", description="Every chapter with its main figure, its promise and its verdicts.", toc=True)
                 + "\n" + "\n\n".join([legend, *blocks]) + "\n")
 
-# %% ../../nbs/book/site.ipynb #e787396e
+# %% ../../nbs/book/site.ipynb #a55e71ee
 def interval_text(row: Row) -> str:
+    """The 95 % interval of a row; empty for one seed."""
     return "" if math.isnan(row.low) else f"[{number(row.low)}, {number(row.high)}]"
 
 
@@ -334,7 +335,7 @@ with no effect at all would be called reproduced in 2.5 % of the cases. [Claims]
         [f"{len(book.rows)} claims: {counts}. [Download as CSV](ledger.csv). How [verdicts are made](#how-a-verdict-is-made).", form, table, how, "## Forest plots\n\nA diamond is a single seed, without an interval.", *plots]) + "\n"
     return page
 
-# %% ../../nbs/book/site.ipynb #2c85a1b2
+# %% ../../nbs/book/site.ipynb #9b4915e0
 def module_page(module: Module) -> Page:
     """The reference page of a module."""
     target = module.reference.removesuffix(".html") + ".qmd"
@@ -358,6 +359,7 @@ def reference_page(book: Book) -> Page:
 
 
 def reading_page(book: Book) -> Page:
+    """The reading paths."""
     blocks = [f"## {name}\n\n{text}\n\n{reading_path(ids, book, 'reading.html')}" for name, (text, ids) in PATHS.items()]
     return Page("reading.qmd", front_matter(title="Reading paths", description="Orders in which to read the book.") + "\n" + "\n\n".join(blocks) + "\n")
 
@@ -370,6 +372,7 @@ def bibliography_page(book: Book) -> Page:
 
 
 def part_page(part: str, title: str, book: Book) -> Page:
+    """The contents of a part: its notebooks with their promises."""
     items = [f"[{plain_text(chapter.title)}]({chapter.id.split('/')[1]}.html)\n:   {plain_text(chapter.promise)}" for chapter in book.chapters if chapter.part == part]
     return Page(f"{part}/index.qmd", front_matter(title=title, description=f"The notebooks of the part {title}.", toc=False) + "\n" + "\n\n".join(items) + "\n")
 
