@@ -26,8 +26,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 site: $(READY)
-	$(BIN)/kdbook run --all --jobs 2
-	$(BIN)/kdbook site
+	$(BIN)/kdbook site --run --jobs 2
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

@@ -45,7 +45,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.delenv("KDBOOK_RUNS", raising=False)
     for name in ("_quarto.yml", "references.bib", "settings.ini"):
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "site", tmp_path / "site")
+    shutil.copytree(ROOT / "nbs" / "site", tmp_path / "nbs" / "site")
     for name in ("foundations/losses", "foundations/models", "foundations/moe", "book/claims", "llm/other"):
         make_chapter(tmp_path, name, code=(f"# {name}", "x = 1"))
     main = make_chapter(tmp_path, "llm/taid", code=("#| default_exp llm.taid", "import math", "#| export\ndef double(x: float) -> float:\n    \"\"\"Twice `x`.\"\"\"\n    return 2 * x",
@@ -259,7 +259,7 @@ def test_plain_html(whole, tmp_path):
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_scripts_parse():
     import subprocess
-    for path in (ROOT / "site" / "assets").glob("*.js"):
+    for path in (ROOT / "nbs" / "site" / "assets").glob("*.js"):
         subprocess.run(["node", "--check", str(path)], check=True, capture_output=True)
 
 

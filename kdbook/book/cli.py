@@ -7,7 +7,7 @@ __all__ = ['app', 'data_app', 'COLOURS', 'TEMPLATE', 'QUARTO', 'console', 'compl
            'read_options', 'report_outcome', 'run', 'shown_path', 'report', 'new_notebook', 'new', 'size_text',
            'data_list', 'data_get', 'data_verify', 'doctor', 'main']
 
-# %% ../../nbs/book/cli.ipynb #069f506c
+# %% ../../nbs/book/cli.ipynb #c6a4c891
 import os
 import sys
 import time
@@ -17,6 +17,7 @@ from typing import Annotated, Optional
 import typer
 
 from .chapters import PARTS, SECTIONS, book_root, chapters, nearest, notebooks, runs_folder, select
+from .site import site as build_site
 
 # %% ../../nbs/book/cli.ipynb #84aa225e
 app = typer.Typer(name="kdbook", help="A book that runs: papers on knowledge distillation and multilingual transfer, one notebook each.",
@@ -392,6 +393,9 @@ def data_verify(names: Annotated[Optional[list[str]], typer.Argument(metavar="NA
         print(f"{name}: " + (", ".join(f"{count} {state}" for state, count in counts.items()) or "comes with a package, nothing to verify"), flush=True)
     if bad:
         raise typer.Exit(1)
+
+# %% ../../nbs/book/cli.ipynb #07cdc8c8
+app.command("site")(build_site)
 
 # %% ../../nbs/book/cli.ipynb #1760b52b
 QUARTO = "the site needs the program Quarto (quarto.org, Get Started), which is no Python package; all else works without it"

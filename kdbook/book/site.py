@@ -429,7 +429,7 @@ def hero_figure(size=(7.2, 2.9), kind: str = "svg") -> bytes:
         figure.savefig(data, format=kind, dpi=160, metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
     return data.getvalue()
 
-# %% ../../nbs/book/site.ipynb #e8207a2e
+# %% ../../nbs/book/site.ipynb #6a81d135
 class MissingRuns(ValueError):
     """Some notebooks have no run; `missing` holds their ids."""
 
@@ -542,9 +542,9 @@ def stage(runs: Path | None = None, preset: str = "tiny", *, root: Path | None =
         for name, content in page.files.items():
             put(name, content if isinstance(content, bytes) else content.read_bytes())
             others.append(name)
-    for path in sorted((book.root / "site").rglob("*")):
+    for path in sorted((book.root / "nbs" / "site").rglob("*")):
         if path.is_file():
-            name = path.relative_to(book.root / "site").as_posix()
+            name = path.relative_to(book.root / "nbs" / "site").as_posix()
             put(name, path.read_bytes())
             others.append(name)
     put("_quarto.yml", quarto_settings(book).encode())
