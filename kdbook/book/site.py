@@ -249,7 +249,7 @@ def gallery_page(book: Book, pages: dict[str, Page], metas: dict[str, dict]) -> 
     return Page("gallery.qmd", front_matter(title="Gallery", description="Every chapter with its main figure, its promise and its verdicts.", toc=True)
                 + "\n" + "\n\n".join([legend, *blocks]) + "\n")
 
-# %% ../../nbs/book/site.ipynb #a55e71ee
+# %% ../../nbs/book/site.ipynb #73742c24
 def interval_text(row: Row) -> str:
     """The 95 % interval of a row; empty for one seed."""
     return "" if math.isnan(row.low) else f"[{number(row.low)}, {number(row.high)}]"
@@ -260,12 +260,14 @@ def ledger_table(book: Book) -> str:
     titles = {chapter.id: plain_text(chapter.title) for chapter in book.chapters}
     head = "".join(f'<th scope="col" data-kind="{kind}">{name}</th>' for name, kind in (("chapter", "text"), ("claim", "text"), ("margin", "number"), ("95 % interval", "number"),
                                                                                       ("seeds", "number"), ("verdict", "text"), ("preset", "text")))
+    from kdbook.book.claims import read_records
+    made = {chapter: {entry["id"] for entry in read_records(json.loads(path.read_text(encoding="utf-8")))["claims"]} for chapter, path in book.executed.items()}  # claims that the pages hold
     lines = [f'<div class="kd-scroll"><table id="ledger" class="kd-ledger"><thead><tr>{head}</tr></thead><tbody>']
     for row in book.rows:
         width = "" if math.isnan(row.low) else f"{row.high - row.low:.6g}"
         lines.append(f'<tr data-part="{row.chapter.split("/")[0]}" data-verdict="{row.verdict}" data-preset="{row.preset}">'
                      f'<td><a href="{row.chapter}.html" title="{attribute(titles[row.chapter])}">{row.chapter}</a></td>'
-                     f'<td><a href="{row.chapter}.html{"#" + claim_anchor(row.claim) if row.chapter in book.executed else ""}">{html.escape(row.sentence)}</a></td>'
+                     f'<td><a href="{row.chapter}.html{"#" + claim_anchor(row.claim) if row.claim in made.get(row.chapter, ()) else ""}">{html.escape(row.sentence)}</a></td>'
                      f'<td class="kd-number" data-value="{row.mean:.6g}">{signed(row.mean)} {html.escape(row.unit)}</td><td class="kd-number" data-value="{width}">{interval_text(row)}</td>'
                      f'<td class="kd-number" data-value="{row.seeds}">{row.seeds}</td><td class="kd-verdict">{dot(row.verdict)} {row.verdict}</td><td>{html.escape(row.preset)}</td></tr>')
     return "\n".join([*lines, "</tbody></table></div>"])
