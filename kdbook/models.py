@@ -196,7 +196,7 @@ def vit(image_size: int, patch_size: int, *, num_classes: int | None, channels: 
     with _random_stream(seed):
         return ViTModel(config, add_pooling_layer=False) if num_classes is None else ViTForImageClassification(config)
 
-# %% ../nbs/foundations/models.ipynb #57f08b0e
+# %% ../nbs/foundations/models.ipynb #0f88889b
 def vit_mae(image_size: int, patch_size: int, *, channels: int = 3, width: int = 64, layers: int = 2, heads: int = 4, feed_forward: int | None = None,
             decoder_width: int = 32, decoder_layers: int = 1, decoder_heads: int | None = None, mask_ratio: float = 0.75, normalize_targets: bool = False,
             attention: str = "sdpa", init_std: float | None = None, seed: int | None = None) -> nn.Module:
@@ -218,7 +218,12 @@ def vit_mae(image_size: int, patch_size: int, *, channels: int = 3, width: int =
                           decoder_intermediate_size=4 * decoder_width, mask_ratio=mask_ratio, norm_pix_loss=normalize_targets,
                           initializer_range=_init_std(width, init_std), attn_implementation=attention)
     with _random_stream(seed):
-        return ViTMAEForPreTraining(config)
+        model = ViTMAEForPreTraining(config)
+        # transformers leaves the encoder's positions, and the decoder's positions and mask token, at zero when a model is made from a configuration
+        model.vit.embeddings.patch_embeddings.projection._is_hf_initialized = False
+        model.vit.embeddings.initialize_weights()
+        model.decoder.initialize_weights((image_size // patch_size) ** 2)
+    return model
 
 
 def _check_patches(image_size: int, patch_size: int) -> None:

@@ -468,3 +468,13 @@ def test_importing_the_module_does_not_import_transformers():
     import sys
     code = "import sys, kdbook.models, kdbook.text; assert 'transformers' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_masked_autoencoder_knows_where_its_patches_are():
+    """transformers 5 leaves these at zero when a model is made from a configuration; then every patch is painted alike."""
+    model = M.vit_mae(8, 2, width=16, heads=2, decoder_width=8, seed=3)
+    for positions in (model.vit.embeddings.position_embeddings[0], model.decoder.decoder_pos_embed[0]):
+        assert len(torch.unique(positions[1:], dim=0)) == 16 and not positions[0].any() and not positions.requires_grad
+    assert model.decoder.mask_token.abs().sum() > 0
+    painted = model(torch.zeros(1, 3, 8, 8), noise=torch.arange(16.0)[None]).logits[0]  # all patches look the same, only places differ
+    assert len(torch.unique(painted, dim=0)) == 16
