@@ -50,6 +50,15 @@ def test_values_of_tensors_and_arrays_are_taken():
         claims.records({})
 
 
+def test_the_papers_own_number_stands_beside_the_claim(tmp_path, capsys):
+    claims.claim("a", "a is true", 1, "nats", paper="86.0 against 84.5, Table 2")
+    assert "[paper: 86.0 against 84.5, Table 2]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="paper must be a text, got 86.0"):
+        claims.claim("a", "a is true", 1, "nats", paper=86.0)
+    write(tmp_path, 0, {**claimed("with", 1.0), "paper": "86.0"}, claimed("without", 1.0))
+    assert {row.claim: row.paper for row in ledger(tmp_path, "tiny", ["llm/x"])} == {"with": "86.0", "without": ""}
+
+
 def test_a_kernel_publishes_the_machine_readable_part(tmp_path):
     code = ("from IPython.testing.globalipapp import start_ipython; ip = start_ipython()\n"
             "from IPython.utils.capture import capture_output\n"
@@ -58,14 +67,14 @@ def test_a_kernel_publishes_the_machine_readable_part(tmp_path):
             "import json; print(json.dumps([o.data for o in out.outputs]))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "IPYTHONDIR": str(tmp_path)})
     first, second = json.loads(done.stdout.splitlines()[-1])
-    assert first[MIME] == {"kind": "claim", "id": "a", "sentence": "s", "margin": 0.5, "unit": "nats"}
+    assert first[MIME] == {"kind": "claim", "id": "a", "sentence": "s", "margin": 0.5, "unit": "nats", "paper": ""}
     assert second[MIME]["value"] == "nan" and "n = nan" in second["text/plain"]
 
 
 def test_reading_back():
     found = read_records(notebook({"kind": "record", "name": "n", "value": "inf"}, {"kind": "records", "values": {"a": 1, "b": 2.5}}, claimed("c", 0.5)))
     assert found["records"] == {"n": math.inf, "a": 1.0, "b": 2.5}
-    assert found["claims"] == [{"id": "c", "sentence": "c holds", "margin": 0.5, "unit": "nats", "cell": 1}]
+    assert found["claims"] == [{"id": "c", "sentence": "c holds", "margin": 0.5, "unit": "nats", "paper": "", "cell": 1}]
     with pytest.raises(ValueError, match="made twice"):
         read_records(notebook(claimed("c", 1), claimed("c", 2)))
     with pytest.raises(ValueError, match="made twice"):
@@ -109,7 +118,7 @@ def test_ledger_reads_all_seeds_and_leaves_out_failed_old_and_changed_runs(tmp_p
 
 def test_forms_and_merging(tmp_path):
     def row(chapter, preset, mean):
-        return Row(chapter, preset, "c", "a | b holds, \"really\"", "nats", mean, mean - 1, mean + 1, 3, "reproduced", (mean,), "torch 2", "abc", 4)
+        return Row(chapter, preset, "c", "a | b holds, \"really\"", "nats", mean, mean - 1, mean + 1, 3, "reproduced", (mean,), "torch 2", "abc", 4, "1.0, Table 2")
 
     path = tmp_path / "results" / "ledger.csv"
     assert merge(path, [row("llm/b", "tiny", 2.0), row("llm/a", "tiny", 1.0)]) == 2
@@ -117,7 +126,7 @@ def test_forms_and_merging(tmp_path):
     import csv
     kept = list(csv.DictReader(open(path, newline="")))
     assert [(r["chapter"], r["preset"], r["mean"]) for r in kept] == [("llm/a", "real", "6"), ("llm/a", "tiny", "5"), ("llm/b", "tiny", "2")]
-    assert kept[0]["sentence"] == "a | b holds, \"really\""
+    assert kept[0]["sentence"] == "a | b holds, \"really\"" and kept[0]["paper"] == "1.0, Table 2"
     one_seed = Row("llm/c", "tiny", "c", "s", "", 1.0, math.nan, math.nan, 1, "one seed", (1.0,), "", "", 0)
     assert "[" not in to_markdown([one_seed]).splitlines()[-1] and ",,," in to_csv([one_seed])
     path.write_text("chapter,preset\nx,y\n")

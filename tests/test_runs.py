@@ -15,7 +15,8 @@ import pytest
 
 from conftest import make_chapter
 from kdbook.book.chapters import chapters
-from kdbook.book.runs import (RunError, describe_failure, device_kind, end_kernels, imported_modules, module_files, plan, run, run_all, source_hash,
+from kdbook.book import runs
+from kdbook.book.runs import (RunError, describe_failure, device_kind, end_kernels, imported_modules, module_files, plan, run, run_all, source_hash, stripped,
                               threads_for, variant)
 
 CLAIMING = ("from kdbook.book.claims import claim, record\nrecord('steps', steps)\nclaim('a', 'a holds', steps - 1, 'x')\nopen(out_dir + '/fig.png', 'w').write('x')")
@@ -47,7 +48,7 @@ def test_the_same_run_is_reused_and_a_change_runs_again(book):
     first = run("llm/demo")
     before = files(book / "runs")
     assert run("llm/demo").cached and files(book / "runs") == before
-    make_chapter(book, code=("# prose in code counts\nprint(steps)",))
+    make_chapter(book, code=("print(steps + 1)",))
     assert not run("llm/demo").cached
     notebook = json.loads((book / "nbs/llm/demo.ipynb").read_text())
     notebook["cells"][0]["source"] = "# Another title\n\n> with other words"
@@ -246,6 +247,23 @@ def test_what_a_run_depends_on(book, root):
     one = source_hash(chapters()[0])
     make_chapter(book, code=("from kdbook.plots import band",))
     assert source_hash(chapters()[0]) != one
+
+
+def test_words_do_not_count_as_a_change_and_code_does(book, root, tmp_path):
+    make_chapter(book, code=("# one way to say it\nfrom kdbook.plots import panels",))
+    one = source_hash(chapters()[0])
+    make_chapter(book, code=("from kdbook.plots import panels  # another way",))
+    assert source_hash(chapters()[0]) == one
+    make_chapter(book, code=("%matplotlib inline\nfrom kdbook.plots import panels",))
+    assert source_hash(chapters()[0]) != one
+    assert stripped('class A:\n    """x"""\n    b = "y"') == stripped('class A:\n    b = "y"  # z') != stripped('class A:\n    b = "z"')
+    path = tmp_path / "m.py"
+    hashes = []
+    for number, text in enumerate(('"""Doc."""\nX = 1\n', '"""Other."""\nX = 1\n', '"""Other."""\nX = 2\n')):
+        path.write_text(text)
+        os.utime(path, ns=(number, number))
+        hashes.append(runs._module_of(path, "kdbook.m")[1])
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_names_of_variants(book):

@@ -114,8 +114,34 @@ def test_ledger(small):
     staged = site.stage(partial=True)
     page, table = (staged.folder / "ledger.qmd").read_text(), (staged.folder / "ledger.csv").read_text()
     assert page.count("<tr data-part=") == 2 == len(table.splitlines()) - 1
-    assert 'href="llm/taid.html#claim-worse"' in page and 'data-verdict="one seed"' in page and "assets/forest-llm.svg" in page
+    assert 'href="llm/taid.html#claim-worse"' in page and ">in the paper</th>" in page and 'data-verdict="one seed"' in page and "assets/forest-llm.svg" in page
     assert (staged.folder / "assets" / "forest-llm.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_a_run_of_older_code_is_named_and_marked(small):
+    from kdbook.book.runs import source_hash
+    chapter = next(item for item in notebooks(small) if item.id == "llm/taid")
+    staged = site.stage(partial=True)
+    assert staged.stale == ("llm/taid",) and "the code has changed since this run" in (staged.folder / "llm" / "taid.qmd").read_text()
+    path = small / "runs" / "tiny" / "llm" / "taid" / "seed0.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["metadata"]["kdbook"]["source"] = source_hash(chapter)
+    path.write_text(json.dumps(notebook))
+    staged = site.stage(partial=True)
+    assert staged.stale == () and "the code has changed since this run" not in (staged.folder / "llm" / "taid.qmd").read_text()
+
+
+def test_corrected_words_appear_without_a_new_run(small):
+    source = small / "nbs" / "llm" / "taid.ipynb"
+    notebook = json.loads(source.read_text())
+    notebook["cells"].insert(1, {"cell_type": "markdown", "id": "new", "metadata": {}, "source": "A sentence added after the run."})
+    source.write_text(json.dumps(notebook))
+    page = (site.stage(partial=True).folder / "llm" / "taid.qmd").read_text()
+    assert "A sentence added after the run." in page and "kd-claims" in page and "a = `1`" in page
+    notebook["cells"][-1]["source"] = "other_code()"
+    source.write_text(json.dumps(notebook))
+    page = (site.stage(partial=True).folder / "llm" / "taid.qmd").read_text()
+    assert "other_code" not in page and "A sentence added" not in page and "kd-claims" in page, "outputs must stand below the code that made them"
 
 
 def row(**changes):

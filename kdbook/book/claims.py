@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../../nbs/book/claims.ipynb #22facf85
+# %% ../../nbs/book/claims.ipynb #5d7fcbc7
 MIME = "application/vnd.kdbook.record+json"
 
 
@@ -56,22 +56,25 @@ def records(values: dict) -> None:
              "\n".join(f"{name:{width}}  {number:.6g}" for name, number in numbers.items()))
 
 
-def claim(id: str, sentence: str, margin, unit: str = "") -> None:
+def claim(id: str, sentence: str, margin, unit: str = "", paper: str = "") -> None:
     """Nothing; keeps the claim in the notebook's output. `margin > 0` means that it holds in this run.
 
-    `id` is short and stable, `sentence` says what is claimed, `unit` is the margin's ("nats", "accuracy", …).
-    ValueError: an empty id or sentence, or a margin that is not one number.
+    `id` is short and stable, `sentence` says what is claimed, `unit` is the margin's ("nats", "accuracy", …), `paper` is what the paper itself reports
+    for it, as a text ("86.0 against 84.5 GLUE, Table 2"), empty where it has no number.
+    ValueError: an empty id or sentence, a margin that is not one number, or a `paper` that is no text.
     """
     if not id or not sentence:
         raise ValueError(f"id and sentence must not be empty, got {id!r} and {sentence!r}")
+    if not isinstance(paper, str):
+        raise ValueError(f"paper must be a text, got {paper!r}")
     number = _plain("margin", margin)
     verdict = "holds" if number > 0 else "does not hold"
-    _publish({"kind": "claim", "id": id, "sentence": sentence, "margin": number if math.isfinite(number) else str(number), "unit": unit},
-             f"{verdict:13}  {number:+.4g} {unit:8}  {sentence}".rstrip())
+    _publish({"kind": "claim", "id": id, "sentence": sentence, "margin": number if math.isfinite(number) else str(number), "unit": unit, "paper": paper},
+             f"{verdict:13}  {number:+.4g} {unit:8}  {sentence}{f'  [paper: {paper}]' if paper else ''}".rstrip())
 
-# %% ../../nbs/book/claims.ipynb #0e77fc7a
+# %% ../../nbs/book/claims.ipynb #6e6d6a26
 def read_records(notebook: dict) -> dict:
-    """The records {name: value} and claims [{id, sentence, margin, unit, cell}] of an executed notebook. ValueError: one id twice."""
+    """The records {name: value} and claims [{id, sentence, margin, unit, paper, cell}] of an executed notebook. ValueError: one id twice."""
     kept, claims = {}, []
     for number, cell in enumerate(notebook["cells"]):
         for output in cell.get("outputs", []):
@@ -86,7 +89,7 @@ def read_records(notebook: dict) -> dict:
             else:
                 if any(entry["id"] == other["id"] for other in claims):
                     raise ValueError(f"claim {entry['id']!r} was made twice")
-                claims.append({"id": entry["id"], "sentence": entry["sentence"], "margin": float(entry["margin"]), "unit": entry["unit"], "cell": number})
+                claims.append({"id": entry["id"], "sentence": entry["sentence"], "margin": float(entry["margin"]), "unit": entry["unit"], "paper": entry.get("paper", ""), "cell": number})
     return {"records": kept, "claims": claims}
 
 # %% ../../nbs/book/claims.ipynb #9e1bb384
@@ -116,7 +119,7 @@ def verdict(margins) -> str:
         return "one seed"
     return "reproduced" if low > 0 else "contradicted" if high < 0 else "inconclusive"
 
-# %% ../../nbs/book/claims.ipynb #ef6e0842
+# %% ../../nbs/book/claims.ipynb #69814a37
 @dataclass(frozen=True)
 class Row:
     """A claim of a chapter at a preset, over all seeds that were run."""
@@ -135,6 +138,7 @@ class Row:
     versions: str
     commit: str
     cell: int
+    paper: str = ""
 
 
 def executed(folder: Path, preset: str, chapter: str) -> list[tuple[int, Path, dict]]:
@@ -163,15 +167,15 @@ def chapter_rows(folder: Path, preset: str, chapter: str) -> list[Row]:
     versions = " ".join(f"{name} {version}" for name, version in newest.get("versions", {}).items() if name in ("kdbook", "torch", "transformers"))
     commits = {meta[seed].get("git", {}).get("commit", "")[:10] + ("+" if meta[seed].get("git", {}).get("dirty") else "") for seed, _, _ in runs}
     return [Row(chapter, preset, name, about[name]["sentence"], about[name]["unit"], *interval(values), len(values), verdict(values), tuple(values),
-                versions, " ".join(sorted(commits)), about[name]["cell"]) for name, values in margins.items()]
+                versions, " ".join(sorted(commits)), about[name]["cell"], about[name]["paper"]) for name, values in margins.items()]
 
 
 def ledger(folder: Path, preset: str, names) -> list[Row]:
     """The rows of all chapters `names` (ids) at a preset."""
     return [row for name in names for row in chapter_rows(folder, preset, name)]
 
-# %% ../../nbs/book/claims.ipynb #d6b07104
-COLUMNS = ("chapter", "preset", "claim", "verdict", "mean", "low", "high", "unit", "seeds", "sentence", "versions", "commit")
+# %% ../../nbs/book/claims.ipynb #3dbffc3e
+COLUMNS = ("chapter", "preset", "claim", "verdict", "mean", "low", "high", "unit", "seeds", "sentence", "paper", "versions", "commit")
 
 
 def _cell(value) -> str:

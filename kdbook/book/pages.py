@@ -7,9 +7,9 @@ __all__ = ['SETUP', 'HEAVY', 'DOTS', 'Name', 'Module', 'read_module', 'exported_
            'link_names', 'link_pages', 'slug', 'distinct_headings', 'cell_role', 'Page', 'fenced', 'attribute',
            'folded', 'figure_file', 'number', 'signed', 'dot', 'claim_anchor', 'claims_table', 'records_table',
            'outputs_text', 'doc_text', 'code_text', 'processed', 'front_matter', 'Surroundings', 'run_box',
-           'provenance', 'neighbours', 'chapter_page', 'opening_rest', 'plain_text']
+           'provenance', 'neighbours', 'with_outputs', 'chapter_page', 'opening_rest', 'plain_text']
 
-# %% ../../nbs/book/pages.ipynb #3de96848
+# %% ../../nbs/book/pages.ipynb #70097f74
 import ast
 import base64
 import html
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from .chapters import PARTS, SECTIONS, Chapter, notebooks
 from .claims import MIME, Row
+from .runs import stripped
 
 # %% ../../nbs/book/pages.ipynb #49f937f2
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def figure_file(folder: Path, seed: int, name: str, png: str) -> tuple[str, "Pat
         return f"{name}.svg", svg
     return f"{name}.png", pixels if pixels.is_file() else base64.b64decode(png)
 
-# %% ../../nbs/book/pages.ipynb #2995499b
+# %% ../../nbs/book/pages.ipynb #f50a5db0
 DOTS = {"reproduced": "●", "inconclusive": "◐", "contradicted": "○", "one seed": "·"}
 
 
@@ -306,7 +307,8 @@ def claims_table(entries: list[dict], rows: dict[str, Row]) -> str:
         row, margin = rows.get(entry["id"]), float(entry["margin"])
         verdict = f'{dot(row.verdict)} {row.verdict}' if row else dot("one seed") + " one seed"
         held = "holds" if margin > 0 else "does not hold"
-        lines.append(f'<tr id="{claim_anchor(entry["id"])}"><td>{html.escape(entry["sentence"])}</td>'
+        theirs = f'<br><small>in the paper: {html.escape(entry["paper"])}</small>' if entry.get("paper") else ""
+        lines.append(f'<tr id="{claim_anchor(entry["id"])}"><td>{html.escape(entry["sentence"])}{theirs}</td>'
                      f'<td><span class="kd-number">{signed(margin)}</span> {html.escape(entry["unit"])}<br><small>{held}</small></td><td class="kd-verdict">{verdict}</td></tr>')
     return "\n".join([*lines, "</tbody></table>"])
 
@@ -406,7 +408,7 @@ def code_text(cell: dict, directives: dict, own: Module | None, page: str) -> li
         return [f"::: {{.kd-export}}\n{anchors}[exported to [`{own.module}`]({relative(own.reference, page)})]{{.kd-note}}\n\n{block}\n:::"]
     return [block]
 
-# %% ../../nbs/book/pages.ipynb #63f62f71
+# %% ../../nbs/book/pages.ipynb #2b15dddb
 def processed(notebook: dict) -> list[tuple[dict, dict]]:
     """The cells of a notebook after nbdev's processors, each with its directives. ImportError: nbdev is not installed."""
     from execnb.nbio import dict2nb
@@ -443,6 +445,7 @@ class Surroundings:
     rows: tuple[Row, ...] = ()  # the ledger's rows of this chapter
     before: tuple[str, str] | None = None  # (id, title) of the page before
     after: tuple[str, str] | None = None
+    stale: bool = False  # the run was made from an earlier version of the code
 
 
 def run_box(chapter: Chapter, around: Surroundings) -> str:
@@ -461,8 +464,8 @@ def run_box(chapter: Chapter, around: Surroundings) -> str:
             f"[Open in Colab]({colab}/{where}){{.kd-button}} [The notebook on GitHub]({around.github}/{where}){{.kd-button}}\n:::")
 
 
-def provenance(meta: dict, chapter: Chapter, commit_url: str) -> str:
-    """The footer that says how the outputs on the page were made; `meta` is the run's entry in the notebook's metadata."""
+def provenance(meta: dict, chapter: Chapter, commit_url: str, stale: bool = False) -> str:
+    """The footer that says how the outputs on the page were made; `meta` is the run's entry in the notebook's metadata, `stale` that code has changed since."""
     if not meta:
         return '::: {.kd-provenance}\nThis page shows the source of the notebook; it has not been run for this site.\n:::'
     git = meta.get("git", {})
@@ -476,6 +479,8 @@ def provenance(meta: dict, chapter: Chapter, commit_url: str) -> str:
         facts.append(("changed", ", ".join(f"`{name}={value}`" for name, value in changed.items())))
     if meta.get("data"):
         facts.append(("data", ", ".join(f"`{name}`" for name in meta["data"])))
+    if stale:
+        facts.append(("note", "the code has changed since this run"))
     return "::: {.kd-provenance}\n**How this page was made.** " + " · ".join(f"{name}: {value}" for name, value in facts if value != "") + "\n:::"
 
 
@@ -489,12 +494,22 @@ def neighbours(page: str, around: Surroundings) -> str:
     return f'```{{=html}}\n<nav class="kd-neighbours" aria-label="previous and next page">{"".join(links)}</nav>\n```' if links else ""
 
 
+def with_outputs(source: dict, run: dict) -> dict:
+    """The notebook `source` with the outputs of `run`, so that a corrected sentence appears without a new run; `run` itself where its code is another."""
+    made = [cell for cell in run["cells"] if cell["cell_type"] == "code" and "injected-parameters" not in cell.get("metadata", {}).get("tags", [])]
+    cells = [cell for cell in source["cells"] if cell["cell_type"] == "code"]
+    if [stripped("".join(cell["source"])) for cell in made] != [stripped("".join(cell["source"])) for cell in cells]:
+        return run
+    outputs = iter(made)
+    return {**run, "cells": [{**cell, "outputs": next(outputs).get("outputs", [])} if cell["cell_type"] == "code" else cell for cell in source["cells"]]}
+
+
 def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder: Path | None = None) -> Page:
     """The page of a notebook. `notebook` is the executed one (or the source), `folder` holds the run's figure files."""
     page = Page(f"{chapter.id}.qmd", "")
     meta = notebook.get("metadata", {}).get("kdbook", {})
     own = next((module for module in around.modules if module.id == chapter.id), None)
-    cells = processed(notebook)
+    cells = processed(with_outputs(chapter.notebook, notebook))
     known = known_names([cell["source"] for cell, _ in cells if cell["cell_type"] == "code"], own, list(around.modules))
     rows = {row.claim: row for row in around.rows}
     body, opened = [], False
@@ -525,7 +540,7 @@ def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder:
         page.main = len(page.figures) - 1
     if chapter.id.split("/")[1] in around.bibtex and chapter.part in PARTS:
         body.append(f"## Cite\n\nThe paper of this chapter is @{chapter.id.split('/')[1]}. As BibTeX:\n\n" + fenced(around.bibtex[chapter.id.split("/")[1]], "bibtex") + "\n\n::: {#refs}\n:::")
-    body += [provenance(meta, chapter, f"{around.github}/commit"), neighbours(page.url, around)]
+    body += [provenance(meta, chapter, f"{around.github}/commit", around.stale), neighbours(page.url, around)]
     part = {**PARTS, **SECTIONS}[chapter.part]
     head = front_matter(title=chapter.title, description=plain_text(chapter.promise), categories=[part],
                         image=posixpath.relpath(page.figures[page.main][0], posixpath.dirname(page.target)) if page.figures else "",
