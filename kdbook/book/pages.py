@@ -204,12 +204,12 @@ def distinct_headings(text: str, names: set[str]) -> str:
         return f"{line} {{#about-{id}}}" if id in names else line
     return _outside_code(text, change)
 
-# %% ../../nbs/book/pages.ipynb #67103248
+# %% ../../nbs/book/pages.ipynb #ef4f71d8
 SETUP = {"use_style", "seed_everything", "choose_device"}
 
 
 def cell_role(source: str, tags=()) -> str:
-    """What a code cell is for: "parameters", "imports", "figure", "empty" or "method"."""
+    """What a code cell is for: "parameters", "colab", "imports", "figure", "empty" or "method"."""
     if "parameters" in tags:
         return "parameters"
     try:
@@ -226,6 +226,8 @@ def cell_role(source: str, tags=()) -> str:
     def lists_names(node):
         return isinstance(node, ast.Assign) and all(getattr(target, "id", "") in ("_all_", "__all__") for target in node.targets)
 
+    if '"google.colab" in sys.modules' in source:
+        return "colab"
     if all(isinstance(node, (ast.Import, ast.ImportFrom)) or called(node) in SETUP or lists_names(node) for node in body):
         return "imports"
     if any(isinstance(node, ast.Call) and getattr(node.func, "id", "") == "save_figure" for node in ast.walk(ast.parse(source))):
@@ -371,7 +373,7 @@ def outputs_text(cell: dict, page: Page, folder: Path | None, seed: int, rows: d
         blocks.append(f"```{{=html}}\n{claims_table(claims, rows)}\n```")
     return blocks
 
-# %% ../../nbs/book/pages.ipynb #de917b88
+# %% ../../nbs/book/pages.ipynb #c0397ac6
 def doc_text(doc: str) -> str:
     """A docstring as Markdown: paragraphs stay, lines are joined, names and symbols in back-quotes stay code."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
@@ -399,8 +401,8 @@ def code_text(cell: dict, directives: dict, own: Module | None, page: str) -> li
     fold, summary = options.get("code-fold"), options.get("code-summary", "").strip("\"'")
     if role == "parameters":
         return [f"::: {{.kd-parameters}}\n{block}\n:::"]
-    if fold == "true" or (fold is None and role in ("imports", "figure")):
-        return [folded(summary or {"imports": "Imports", "figure": "Code of the figure"}.get(role, "Code"), block)]
+    if fold == "true" or (fold is None and role in ("colab", "imports", "figure")):
+        return [folded(summary or {"colab": "Installation, in Colab only", "imports": "Imports", "figure": "Code of the figure"}.get(role, "Code"), block)]
     defined = [name for name in re.findall(r"^(?:def|class|async def)\s+(\w+)|^([A-Z_]+)\s*(?::[^=]+)?=", source, re.M)]
     public = [name for name in (a or b for a, b in defined) if own and name in {n.name for n in own.names}]
     if {"export", "exports"} & set(options) and public:

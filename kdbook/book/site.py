@@ -65,7 +65,7 @@ def read_bibtex(text: str) -> dict[str, Work]:
         works[head.group(2)] = Work(head.group(2), head.group(1).lower(), fields, block)
     return works
 
-# %% ../../nbs/book/site.ipynb #06907a68
+# %% ../../nbs/book/site.ipynb #28bc44e5
 @dataclass(frozen=True)
 class Book:
     """Everything the pages are made from."""
@@ -109,7 +109,8 @@ def all_rows(root: Path, runs: Path, items) -> list[Row]:
                 if key not in best or row.seeds >= best[key].seeds:
                     best[key] = row
     order = {chapter.id: i for i, chapter in enumerate(items)}
-    return sorted((row for row in best.values() if row.chapter in order), key=lambda row: (order[row.chapter], row.preset))
+    presets = {name: i for i, name in enumerate(("tiny", "real", "paper"))}
+    return sorted((row for row in best.values() if row.chapter in order), key=lambda row: (order[row.chapter], presets.get(row.preset, len(presets)), row.preset))
 
 
 def stale_runs(items, executed: dict[str, Path]) -> list[str]:
