@@ -196,3 +196,18 @@ def test_refusals_of_the_tracker():
         tracker.record(2, 0.5, math.nan)
     tracker.record(2, torch.tensor(0.5), torch.tensor(1.5))  # a refused record leaves nothing behind
     assert tracker.onset() == 1
+
+
+def test_models_of_the_paper_preset_are_known_classes(root):
+    """Flan-T5 and T5 v1.1: the class that the names in presets/paper resolve to, built small; online texts of the student, loss and gradient."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    sizes = dict(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    teacher, student = (AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes)) for _ in range(2))
+    prompts = torch.arange(2, 10).view(2, 4)
+    texts = student.eval().generate(input_ids=prompts, do_sample=True, top_k=0, max_new_tokens=5)
+    mask = texts[:, 1:] != 0
+    logits = [model(input_ids=prompts, decoder_input_ids=texts[:, :-1]).logits for model in (student, teacher)]
+    loss = token_divergence_loss(*logits, mask)
+    loss.backward()
+    assert torch.isfinite(loss) and student.shared.weight.grad is not None and teacher.shared.weight.grad is None
+    assert torch.allclose((sequence_divergence(*logits, mask).sum() / mask.sum()), loss, atol=1e-6)
