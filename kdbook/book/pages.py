@@ -204,7 +204,7 @@ def distinct_headings(text: str, names: set[str]) -> str:
         return f"{line} {{#about-{id}}}" if id in names else line
     return _outside_code(text, change)
 
-# %% ../../nbs/book/pages.ipynb #ef4f71d8
+# %% ../../nbs/book/pages.ipynb #a42e46a4
 SETUP = {"use_style", "seed_everything", "choose_device"}
 
 
@@ -226,7 +226,7 @@ def cell_role(source: str, tags=()) -> str:
     def lists_names(node):
         return isinstance(node, ast.Assign) and all(getattr(target, "id", "") in ("_all_", "__all__") for target in node.targets)
 
-    if '"google.colab" in sys.modules' in source:
+    if any(isinstance(node, ast.If) and "google.colab" in ast.unparse(node.test) for node in body):
         return "colab"
     if all(isinstance(node, (ast.Import, ast.ImportFrom)) or called(node) in SETUP or lists_names(node) for node in body):
         return "imports"
