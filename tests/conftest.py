@@ -7,15 +7,26 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import random
 
 import hypothesis
+import numpy as np
 import pytest
+import torch
 
 hypothesis.settings.register_profile("book", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("book")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("KDBOOK_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test draws the same numbers in every run and in every order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

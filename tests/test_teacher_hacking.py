@@ -204,8 +204,9 @@ def test_models_of_the_paper_preset_are_known_classes(root):
     sizes = dict(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
     teacher, student = (AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes)) for _ in range(2))
     prompts = torch.arange(2, 10).view(2, 4)
-    texts = student.eval().generate(input_ids=prompts, do_sample=True, top_k=0, max_new_tokens=5)
+    texts = student.eval().generate(input_ids=prompts, do_sample=True, top_k=0, min_new_tokens=5, max_new_tokens=5, suppress_tokens=[0])
     mask = texts[:, 1:] != 0
+    assert mask.shape == (2, 5) and mask.all()  # neither the end nor padding was drawn
     logits = [model(input_ids=prompts, decoder_input_ids=texts[:, :-1]).logits for model in (student, teacher)]
     loss = token_divergence_loss(*logits, mask)
     loss.backward()
