@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,13 @@ def test_hub_sets_are_pinned_or_say_that_they_are_not():
         assert entry["revision"] is None or len(entry["revision"]) == 40 and set(entry["revision"]) <= set("0123456789abcdef")
         assert entry["chapters"] and entry["what"]
     assert all(s.source == f"https://huggingface.co/datasets/{s.name[4:]}" and s.chapters for s in sets)
+
+
+def test_hub_sets_of_all_presets_are_registered(root):
+    named = {(path.parent.name + "/" + path.stem, name) for path in (root / "presets").glob("*/*/*.yaml")
+             for name in re.findall(r"hub:([\w-]+/[\w.-]+)", path.read_text("utf-8"))}
+    assert len(named) > 20
+    assert not sorted((chapter, name) for chapter, name in named if chapter not in data._table("hub").get(name, {"chapters": []})["chapters"])
 
 
 def test_cache_folder(monkeypatch, tmp_path):
