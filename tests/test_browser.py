@@ -1,10 +1,9 @@
 """The site in a real browser: Debian's Chromium with Playwright, over the pages that Quarto renders, or pandoc where Quarto is absent.
 
-Needs the packages playwright (`pip install playwright`, no browser download) and chromium, and pandoc or Quarto. KDBOOK_AXE may name axe.min.js of axe-core.
+Needs Chromium (Playwright's own browser download is not used) and pandoc or Quarto; axe-core comes with the package axe-playwright-python.
 """
 import functools
 import http.server
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+axe = pytest.importorskip("axe_playwright_python", reason="the package axe-playwright-python is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 pytest.importorskip("nbdev", reason="the site needs nbdev, which is in kdbook[dev]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,7 +61,6 @@ def test_pages_load_without_trouble(browser, address, scheme, width):
     page.on("pageerror", lambda error: trouble.append(str(error)))
     page.on("request", lambda request: trouble.append(f"asks {request.url}") if not request.url.startswith((address, "data:")) else None)
     page.on("response", lambda response: trouble.append(f"{response.status} {response.url}") if response.status >= 400 else None)
-    axe = os.environ.get("KDBOOK_AXE")
     for name in PAGES:
         page.goto(f"{address}{name}.html")
         page.evaluate("document.querySelectorAll('img').forEach(image => { image.loading = 'eager' })")
@@ -71,10 +70,9 @@ def test_pages_load_without_trouble(browser, address, scheme, width):
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         if wide > 0:
             trouble.append(f"{name}: {wide} pixels too wide at {width}")
-        if axe and Path(axe).is_file():
-            page.add_script_tag(path=axe)
-            found = page.evaluate("axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(v => v.id + ' ' + v.nodes[0].html.slice(0, 120)))")
-            trouble += [f"{name}: {violation}" for violation in found]
+        page.add_script_tag(path=Path(axe.__file__).with_name("axe.min.js"))
+        found = page.evaluate("axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(v => v.id + ' ' + v.nodes[0].html.slice(0, 120)))")
+        trouble += [f"{name}: {violation}" for violation in found]
     context.close()
     assert trouble == []
 
