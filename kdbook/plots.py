@@ -34,7 +34,7 @@ def contrast(colour: str, background: str = "#ffffff") -> float:
     light, dark = sorted((luminance(colour), luminance(background)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
-# %% ../nbs/foundations/plots.ipynb #bb526902
+# %% ../nbs/foundations/plots.ipynb #6c205604
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
@@ -69,7 +69,7 @@ STYLE = {
 }
 _output_folder: Path | None = None
 
-
+# %% ../nbs/foundations/plots.ipynb #d9f9cd1d
 def use_style(out_dir: str | Path = "") -> None:
     """Nothing; sets the book's matplotlib style and the folder for `save_figure` (empty: figures are shown, not saved)."""
     global _output_folder
@@ -79,11 +79,11 @@ def use_style(out_dir: str | Path = "") -> None:
     mpl.rcParams["axes.prop_cycle"] = cycler(color=SERIES)
     _output_folder = Path(out_dir) if str(out_dir) else None
 
-# %% ../nbs/foundations/plots.ipynb #18b2a2f2
+# %% ../nbs/foundations/plots.ipynb #0da0fc6b
 def panels(columns: int = 1, rows: int = 1, *, width: float | None = None, height: float = 2.8, sharex=False, sharey=False):
     """A figure and its axes, an array of shape (columns,) or (rows, columns); with one panel a single Axes.
 
-    `width` is the figure's width in inches (by default 4.2 for one panel, 7.4 for two, 9.4 for more); `height` is the height of a row.
+    `width` is the figure's width in inches (by default 4.6 for one column, 7.6 for two, 9.6 for more); `height` is the height of a row.
     ValueError: `columns` or `rows` below 1.
     """
     import matplotlib.pyplot as plt
