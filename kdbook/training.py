@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/foundations/training.ipynb #6d8b72dd
+# %% ../nbs/foundations/training.ipynb #f2d3c1ad
 def seed_everything(seed: int) -> None:
     """Nothing; seeds Python, NumPy and PyTorch (all devices) and turns on deterministic algorithms. ValueError: `seed` below 0 or above 2**32 - 1."""
     if not 0 <= seed < 2**32:
@@ -32,7 +32,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
 
-
+# %% ../nbs/foundations/training.ipynb #0cd6054a
 def choose_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is the first of cuda, mps and cpu that is there. ValueError: a device that is not there."""
     there = ["cpu"]
@@ -46,7 +46,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device must be one of {', '.join(there)} or auto on this machine, got {name!r}")
     return torch.device(name)
 
-# %% ../nbs/foundations/training.ipynb #f7ba9f1f
+# %% ../nbs/foundations/training.ipynb #0f916ab4
 class Batches:
     """Batches drawn from tensors with a common first dimension; made by `batches`. Iterating twice gives the same batches twice."""
 
@@ -92,7 +92,7 @@ class Batches:
             else:
                 yield self.tensors[rows]
 
-
+# %% ../nbs/foundations/training.ipynb #e1e4f51a
 def batches(tensors, batch_size: int, *, steps: int, seed: int = 0, replace: bool = True) -> Batches:
     """An iterable of `steps` batches of `batch_size` rows; deterministic in `seed`.
 
@@ -156,7 +156,7 @@ def _accelerator(device: torch.device, precision: str, accumulate: int):
             AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate, step_scheduler_with_optimizer=False)
 
-# %% ../nbs/foundations/training.ipynb #40191d25
+# %% ../nbs/foundations/training.ipynb #67a1563a
 def _rng_state() -> dict:
     """The state of all random generators, made of what `torch.load(weights_only=True)` accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
@@ -166,7 +166,7 @@ def _rng_state() -> dict:
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
-
+# %% ../nbs/foundations/training.ipynb #f02b05b5
 def _restore_rng(state: dict) -> None:
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
@@ -330,7 +330,7 @@ def fit(model: nn.Module, batches: Iterable, loss: Callable, *, steps: int, lr: 
     history.seconds = time.perf_counter() - started
     return history
 
-# %% ../nbs/foundations/training.ipynb #f7853e8e
+# %% ../nbs/foundations/training.ipynb #69926ef1
 def _save_checkpoint(path: Path, model, optimiser, stateful, step, steps, history) -> None:
     """Write the whole state of a run to `path`; a crash while writing leaves the earlier file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,7 +339,7 @@ def _save_checkpoint(path: Path, model, optimiser, stateful, step, steps, histor
                 "stateful": {name: thing.state_dict() for name, thing in stateful.items()}, "history": [dict(row) for row in history]}, temporary)
     os.replace(temporary, path)
 
-
+# %% ../nbs/foundations/training.ipynb #9ab39a9d
 def _load_checkpoint(path: Path, model, optimiser, stateful, steps) -> tuple[int, list[dict]]:
     """Restore the state saved at `path`; returns the step and the history so far."""
     try:
@@ -360,7 +360,7 @@ def _load_checkpoint(path: Path, model, optimiser, stateful, steps) -> tuple[int
     _restore_rng(state["rng"])
     return state["step"], state["history"]
 
-# %% ../nbs/foundations/training.ipynb #844b4dfb
+# %% ../nbs/foundations/training.ipynb #aba7294e
 def _logits(output) -> Tensor:
     return output.logits if hasattr(output, "logits") else output[0] if isinstance(output, tuple) else output
 
@@ -385,7 +385,7 @@ def predict(model: nn.Module, inputs, *, batch_size: int = 256, forward: Callabl
             results.append(_logits(output).cpu())
     return torch.cat(results)
 
-
+# %% ../nbs/foundations/training.ipynb #e73e6241
 def fingerprint(*things) -> str:
     """A hexadecimal SHA-256 of tensors, modules, dicts of tensors, strings and numbers, in this order."""
     digest = hashlib.sha256()
@@ -403,7 +403,7 @@ def fingerprint(*things) -> str:
             digest.update(f"{type(thing).__name__}={thing!r}".encode())
     return digest.hexdigest()
 
-
+# %% ../nbs/foundations/training.ipynb #89e09d25
 def teacher_outputs(teacher: nn.Module, inputs, *, batch_size: int = 256, forward: Callable | None = None, cache: str | Path | None = None) -> Tensor:
     """The teacher's outputs (N, ...) on `inputs`, as `predict`; with `cache` they are stored there once and read from there afterwards.
 
