@@ -19,8 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chr
               pytest.mark.skipif(not (shutil.which("quarto") or shutil.which("pandoc")), reason="neither Quarto nor pandoc is installed")]
 
 from kdbook.book import site
+from kdbook.book.chapters import chapters
 
-PAGES = ("index", "gallery", "ledger", "llm/taid", "selfdistill/self_guidance", "foundations/losses", "worlds/shapes", "book/claims", "llm/index", "api/index", "api/losses",
+PAGES = (*(item.id for item in chapters(ROOT)), "index", "gallery", "ledger", "foundations/losses", "worlds/shapes", "book/claims", "llm/index", "api/index", "api/losses",
          "reading", "notation", "glossary", "bibliography", "404", "explore/temperature", "explore/divergences")
 
 
