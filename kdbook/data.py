@@ -25,12 +25,12 @@ from pathlib import Path
 
 from . import parsers
 
-# %% ../nbs/foundations/data.ipynb #21d839a8
+# %% ../nbs/foundations/data.ipynb #83643e10
 @functools.lru_cache(maxsize=None)
 def _table(name: str) -> dict:
     return json.loads(resources.files("kdbook").joinpath("registry", f"{name}.json").read_text(encoding="utf-8"))
 
-
+# %% ../nbs/foundations/data.ipynb #ca5736b7
 @dataclass(frozen=True)
 class DataFile:
     """One file of a data set: its path below the cache folder, address (None: no single download exists), length in bytes and SHA-256."""
@@ -70,7 +70,7 @@ def _size(path: Path) -> int | None:
     except OSError:
         return None
 
-# %% ../nbs/foundations/data.ipynb #86efac05
+# %% ../nbs/foundations/data.ipynb #0b65cc07
 @dataclass(frozen=True)
 class DataSet:
     """What is known about a data set without opening it. `commercial_use` is True only where the licence clearly grants it.
@@ -93,7 +93,7 @@ class DataSet:
     cached: bool
     chapters: tuple[str, ...] = ()
 
-
+# %% ../nbs/foundations/data.ipynb #c36f9f8b
 def data_sets() -> list[DataSet]:
     """All data sets with files of their own, by name. `cached`: every file is there with its length (`verify` compares the content)."""
     root, result = cache_folder(), []
@@ -104,7 +104,7 @@ def data_sets() -> list[DataSet]:
                               sum(f.bytes for f in files), len(files), tuple(entry["languages"]), tuple(entry["splits"]), entry["columns"], cached))
     return result
 
-
+# %% ../nbs/foundations/data.ipynb #b7bfc8cc
 def hub_sets() -> list[DataSet]:
     """The data sets of the Hugging Face hub that chapters name, by name. `cached`: some of its files are in the hub's cache."""
     return [DataSet(f"hub:{hub_id}", entry["what"], "see its page", False, "see its page", _page(hub_id), None, 0, (), (), {}, _hub_cached(hub_id),
@@ -123,7 +123,7 @@ def _hub_folder() -> Path:
 def _hub_cached(hub_id: str) -> bool:
     return any((_hub_folder() / f"datasets--{hub_id.replace('/', '--')}" / "snapshots").glob("*"))
 
-# %% ../nbs/foundations/data.ipynb #17a7a657
+# %% ../nbs/foundations/data.ipynb #a8bfcd91
 class WrongHash(ValueError):
     """A file whose content is not what the table says."""
 
@@ -131,7 +131,7 @@ class WrongHash(ValueError):
 class MissingData(FileNotFoundError):
     """Data that are neither on this machine nor could be downloaded; the message says what, from where, how large, and where to put it."""
 
-
+# %% ../nbs/foundations/data.ipynb #0288ad18
 _verified: dict[tuple, str] = {}
 
 
@@ -156,7 +156,7 @@ def _check(path: Path, file: DataFile) -> Path:
                         f"Remove it, then run: kdbook data get {file.path.split('/')[0]}")
     return path
 
-# %% ../nbs/foundations/data.ipynb #83819507
+# %% ../nbs/foundations/data.ipynb #1533d018
 class ResumingDownloader:
     """A downloader for `pooch` that keeps what has arrived in `part` and asks only for the rest.
 
@@ -201,7 +201,7 @@ class ResumingDownloader:
                     file.write(chunk)
                     self.report(len(chunk))
 
-
+# %% ../nbs/foundations/data.ipynb #5c7eca40
 def download(url: str, path: Path, *, sha256: str, size: int | None = None, report: Callable[[int], None] | None = None) -> Path:
     """`path`, after its content was downloaded from `url`, unless it is there already. What an earlier attempt left in `path`.part is continued.
 
@@ -230,7 +230,7 @@ def download(url: str, path: Path, *, sha256: str, size: int | None = None, repo
         os.unlink(lock.lock_file)
     return path
 
-
+# %% ../nbs/foundations/data.ipynb #0b203ce2
 def _retrieve(url: str, path: Path, sha256: str, downloader: ResumingDownloader) -> None:
     import pooch
     try:
@@ -241,7 +241,7 @@ def _retrieve(url: str, path: Path, sha256: str, downloader: ResumingDownloader)
         raise WrongHash(f"{url} does not have the content that kdbook expects for {path}, whose SHA-256 is {sha256}. "
                         f"The address serves another file; nothing was kept. ({error})") from error
 
-# %% ../nbs/foundations/data.ipynb #b32f9e44
+# %% ../nbs/foundations/data.ipynb #7a3e8f3d
 _announced: set[str] = set()
 
 
@@ -263,7 +263,7 @@ def _how_to_get(name: str, file: DataFile, absent: int, root: Path, reason: str)
             f"({_size_text(file.bytes)}, SHA-256 {file.sha256}) and put it at {root / file.path}. "
             f"The environment variable KDBOOK_DATA may name another folder with the same layout.")
 
-
+# %% ../nbs/foundations/data.ipynb #37c74bdc
 def _fetch(name: str, files: Sequence[DataFile], *, progress: bool = True, jobs: int = 8) -> list[Path]:
     """The paths of `files`, downloaded where they are missing and compared with their hashes."""
     root = cache_folder()
@@ -275,7 +275,7 @@ def _fetch(name: str, files: Sequence[DataFile], *, progress: bool = True, jobs:
         _download_all(name, absent, root, progress=progress, jobs=jobs)
     return [_check(root / file.path, file) for file in files]
 
-
+# %% ../nbs/foundations/data.ipynb #811b7feb
 def _download_all(name: str, absent: Sequence[DataFile], root: Path, *, progress: bool, jobs: int) -> None:
     from tqdm.auto import tqdm
     lock = threading.Lock()
@@ -297,7 +297,7 @@ def _download_all(name: str, absent: Sequence[DataFile], root: Path, *, progress
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-
+# %% ../nbs/foundations/data.ipynb #a5f4b32e
 def get(name: str, *, progress: bool = True, jobs: int = 8) -> list[Path]:
     """The paths of all files of a data set, after downloading what is missing and comparing all hashes; prints a licence without commercial use.
 
@@ -340,7 +340,7 @@ def _status(name: str, path: Path, file: DataFile) -> FileStatus:
         return FileStatus(name, path, "wrong length")
     return FileStatus(name, path, "ok" if file_sha256(path, again=True) == file.sha256 else "wrong hash")
 
-# %% ../nbs/foundations/data.ipynb #821b2c0d
+# %% ../nbs/foundations/data.ipynb #e152ffb1
 def _features(types: Mapping):
     """`datasets.Features` from short types: a str is a value type, a tuple the names of classes, a one-element list a list, a dict a struct."""
     import datasets
@@ -355,7 +355,7 @@ def _features(types: Mapping):
         return {key: feature(value) for key, value in kind.items()} if isinstance(kind, dict) else kind
     return datasets.Features({column: feature(kind) for column, kind in types.items()})
 
-
+# %% ../nbs/foundations/data.ipynb #84ef02a8
 def _dataset(columns: Mapping[str, Sequence], types: Mapping):
     import datasets
     return datasets.Dataset.from_dict({column: columns[column] for column in types}, features=_features(types))
@@ -370,7 +370,7 @@ def _stack(parts: Iterable[tuple[str, Mapping[str, list]]]) -> dict[str, list]:
             result.setdefault(column, []).extend(values)
     return result
 
-
+# %% ../nbs/foundations/data.ipynb #847a4451
 Fetch = Callable[..., list[Path]]
 DEV = {"train": "train", "valid": "dev", "test": "test"}
 VAL = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
@@ -378,7 +378,7 @@ OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCORE = {"score": parsers.number(0, 5)}
 
-# %% ../nbs/foundations/data.ipynb #edb612c2
+# %% ../nbs/foundations/data.ipynb #6153c0d8
 def _tiny_shakespeare(fetch: Fetch, split, langs):
     text = parsers.read_text(*fetch("input.txt"))
     start, end = {"train": (0.0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1.0)}[split]
@@ -401,7 +401,7 @@ def _ro_sts(fetch: Fetch, split, langs):
     columns = parsers.read_table(*fetch(f"RO-STS.{DEV[split]}.tsv"), ("score", "sentence1", "sentence2"), delimiter="\t", quoted=False, convert=SCORE)
     return _dataset(columns, {"sentence1": "string", "sentence2": "string", "score": "float32"})
 
-
+# %% ../nbs/foundations/data.ipynb #39b6d781
 def _multi30k(fetch: Fetch, split, langs):
     paths = fetch(*(f"{VAL[split]}.{lang}.gz" for lang in langs))
     columns = {lang: parsers.read_lines(path) for lang, path in zip(langs, paths)}
@@ -422,7 +422,7 @@ def _gsm8k(fetch: Fetch, split, langs):
         columns["result"].append(result.strip().replace(",", ""))
     return _dataset(columns, dict.fromkeys(("question", "answer", "rationale", "result"), "string"))
 
-
+# %% ../nbs/foundations/data.ipynb #7695e41e
 def _nusax(fetch: Fetch, split, langs, *, task: str = "sentiment"):
     from kdbook.worlds.common import check_choice
     if check_choice("task", task, ("sentiment", "mt")) == "mt":
@@ -452,7 +452,7 @@ def _ag_news_test(fetch: Fetch, split, langs):
     columns = parsers.read_table(path, ("label", "title", "description"), convert={"label": parsers.choice(*(str(i + 1) for i in range(len(names))))})
     return _dataset(columns, {"title": "string", "description": "string", "label": names})
 
-# %% ../nbs/foundations/data.ipynb #33f0d98d
+# %% ../nbs/foundations/data.ipynb #a2db850e
 def _entities(fetch: Fetch, split, langs, kinds: Sequence[str], encoded_twice: Sequence[str] = ()):
     tags = ("O", *(f"{place}-{kind}" for kind in kinds for place in "BI"))
 
@@ -472,7 +472,7 @@ def _ner_transfer(fetch: Fetch, split, langs):
 def _masakhaner2(fetch: Fetch, split, langs):
     return _entities(fetch, split, langs, ("PER", "ORG", "LOC", "DATE"))
 
-
+# %% ../nbs/foundations/data.ipynb #749284e0
 TREE = {"sent_id": "string", "text": "string", "tokens": ["string"], "lemmas": ["string"], "upos": [parsers.UPOS], "feats": ["string"],
         "head": ["int64"], "deprel": ["string"]}
 
@@ -500,7 +500,7 @@ def _udhr(fetch: Fetch, split, langs):
     columns = _stack((lang, read(path)) for lang, path in zip(langs, fetch(*(f"udhr_{lang}.xml" for lang in langs))))
     return _dataset(columns, {"article": "int64"} | dict.fromkeys(("title", "text", "lang", "name", "iso639_3", "script", "direction"), "string"))
 
-
+# %% ../nbs/foundations/data.ipynb #50e26e66
 def _xquad(fetch: Fetch, split, langs, *, context_lang: str | None = None):
     from kdbook.worlds.common import check_choice
     if context_lang is not None:
@@ -517,7 +517,7 @@ def _xquad(fetch: Fetch, split, langs, *, context_lang: str | None = None):
     return _dataset(_stack(parts), {"id": "string", "context": "string", "question": "string", "answers": {"text": ["string"], "answer_start": ["int64"]},
                                     "article": "string", "paragraph": "int64", "lang": "string", "context_lang": "string"})
 
-# %% ../nbs/foundations/data.ipynb #d6691e42
+# %% ../nbs/foundations/data.ipynb #f643c90c
 def _cifar10(fetch: Fetch, split, langs):
     import datasets
     import pyarrow as pa
@@ -536,7 +536,7 @@ def _cifar10(fetch: Fetch, split, langs):
         raise ValueError(f"{path}, line 1: no parquet file with the columns img and label ({error})") from error
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
-
+# %% ../nbs/foundations/data.ipynb #d98df67f
 def _digits(fetch: Fetch, split, langs):
     import datasets
     from sklearn.datasets import load_digits
@@ -594,7 +594,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
         return ()
     return (httpx.TransportError,)
 
-# %% ../nbs/foundations/data.ipynb #882b4698
+# %% ../nbs/foundations/data.ipynb #dc72b5bf
 _LOADERS = {"ag_news_test": _ag_news_test, "cifar10": _cifar10, "digits": _digits, "fsdd": _fsdd, "gsm8k": _gsm8k, "laroseda": _laroseda,
             "masakhaner2": _masakhaner2, "multi30k": _multi30k, "ner_transfer": _ner_transfer, "nusax": _nusax, "omw": _omw, "ro_sts": _ro_sts,
             "sst2": _sst2, "stsb_multi": _stsb_multi, "tiny_shakespeare": _tiny_shakespeare, "ud_pud": _ud_pud, "ud_ro_rrt": _ud_ro_rrt,
@@ -636,7 +636,7 @@ def load(name: str, split: str | None = None, *, lang: str | Sequence[str] | Non
     publish_use(name, used)
     return dataset
 
-
+# %% ../nbs/foundations/data.ipynb #782ae2c4
 def publish_use(name: str, used: Mapping[str, str]) -> None:
     """Nothing; tells a running notebook that the data `name` were used (file or version -> hash), for the provenance of the run. Elsewhere silent."""
     ipython = sys.modules.get("IPython")
@@ -645,7 +645,7 @@ def publish_use(name: str, used: Mapping[str, str]) -> None:
         from IPython.display import publish_display_data
         publish_display_data({"application/vnd.kdbook.data+json": {"name": name, "files": dict(used)}, "text/plain": ""})
 
-# %% ../nbs/foundations/data.ipynb #df87fdd0
+# %% ../nbs/foundations/data.ipynb #08471631
 def images(dataset, column: str | None = None):
     """The pictures of `dataset` as one array: (N, H, W, 3) uint8 for an image column, (N, H, W) uint8 for grey levels; decoded in bulk.
 
@@ -668,7 +668,7 @@ def images(dataset, column: str | None = None):
         raise ValueError(f"column {column!r} has pictures of different sizes; resize them first")
     return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
 
-
+# %% ../nbs/foundations/data.ipynb #807aa2b1
 def labels(dataset, column: str = "label"):
     """The class numbers of `dataset` as an array (N,) int64. ValueError: `column` is no column of classes."""
     import datasets
