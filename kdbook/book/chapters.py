@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-# %% ../../nbs/book/chapters.ipynb #ff1e321e
+# %% ../../nbs/book/chapters.ipynb #ae36d816
 PARTS = {
     "compression": "Compression",
     "selfdistill": "Self-distillation",
@@ -29,7 +29,7 @@ PARTS = {
 }
 SECTIONS = {"foundations": "Foundations", "worlds": "Worlds", "book": "The machinery"}
 
-
+# %% ../../nbs/book/chapters.ipynb #075f8673
 def book_root() -> Path:
     """The folder that holds `nbs` and `presets`: KDBOOK_ROOT, else the checkout around the current folder, else the installed copy."""
     def is_book(folder: Path) -> bool:
@@ -48,7 +48,7 @@ def book_root() -> Path:
             return folder
     raise ValueError(f"no kdbook notebooks found from {here}; set KDBOOK_ROOT to the folder that holds nbs")
 
-
+# %% ../../nbs/book/chapters.ipynb #0b1beba4
 def runs_folder(root: Path | None = None) -> Path:
     """The folder for executed notebooks: KDBOOK_RUNS, else `runs` in the checkout, or in the current folder for an installed kdbook."""
     if os.environ.get("KDBOOK_RUNS"):
@@ -56,7 +56,7 @@ def runs_folder(root: Path | None = None) -> Path:
     root = root or book_root()
     return (Path.cwd() if root.name == "_book" else root) / "runs"
 
-# %% ../../nbs/book/chapters.ipynb #7edec5b4
+# %% ../../nbs/book/chapters.ipynb #f7205b58
 TYPES = ("int", "float", "str", "bool", "list[int]", "list[float]", "list[str]")
 
 
@@ -72,7 +72,7 @@ class Parameter:
     def __str__(self) -> str:
         return f"{self.name}: {self.type} = {self.default!r}" + (f"  ({self.comment})" if self.comment else "")
 
-
+# %% ../../nbs/book/chapters.ipynb #3fdd3ca1
 def read_parameters(source: str) -> dict[str, Parameter]:
     """The parameters that a cell declares, by name. ValueError: a line that is no `name: type = value`, or an unknown type."""
     comments = {}
@@ -183,7 +183,7 @@ class Chapter:
         names = [folder.name for folder in sorted((self.root / "presets").glob("*")) if self.preset_path(folder.name).is_file()]
         return ["tiny"] + [name for name in ("real", "paper") if name in names] + [n for n in names if n not in ("tiny", "real", "paper")]
 
-# %% ../../nbs/book/chapters.ipynb #37bc0a5e
+# %% ../../nbs/book/chapters.ipynb #f96cc741
 def notebooks(root: Path | None = None) -> list[Chapter]:
     """Every notebook of the book: the chapters of all parts, then foundations, worlds and machinery."""
     root = root or book_root()
@@ -194,12 +194,12 @@ def notebooks(root: Path | None = None) -> list[Chapter]:
                 found.append(Chapter(f"{folder}/{path.stem}", path, root))
     return found
 
-
+# %% ../../nbs/book/chapters.ipynb #443f9543
 def chapters(root: Path | None = None) -> list[Chapter]:
     """The chapters: one notebook a paper, in the order of the parts."""
     return [item for item in notebooks(root) if item.part in PARTS]
 
-# %% ../../nbs/book/chapters.ipynb #6e6eb572
+# %% ../../nbs/book/chapters.ipynb #5d014b6a
 def nearest(name: str, names, count: int = 3) -> list[str]:
     """Up to `count` of `names` that look most like `name`, best first."""
     names = list(names)
@@ -207,7 +207,7 @@ def nearest(name: str, names, count: int = 3) -> list[str]:
     close = difflib.get_close_matches(name, names, count, 0.5) + [short[n] for n in difflib.get_close_matches(name.split("/")[-1], short, count, 0.5)]
     return list(dict.fromkeys(close))[:count]
 
-
+# %% ../../nbs/book/chapters.ipynb #91e769f8
 def select(names, root: Path | None = None) -> list[Chapter]:
     """The chapters that `names` mean (ids, parts or plain slugs), each once, in the book's order. ValueError: a name that fits nothing."""
     everything = notebooks(root)
@@ -223,7 +223,7 @@ def select(names, root: Path | None = None) -> list[Chapter]:
         wanted.update(hits)
     return [item for item in everything if item.id in wanted]
 
-# %% ../../nbs/book/chapters.ipynb #fae6149a
+# %% ../../nbs/book/chapters.ipynb #6abbcd6c
 MANAGED = ("out_dir",)
 
 
@@ -245,7 +245,7 @@ def check_values(chapter: Chapter, values: dict, where: str = "") -> dict:
             raise ValueError(f"{chapter.id}{where}: {error}\nvalid parameters:\n{valid}") from None
     return checked
 
-
+# %% ../../nbs/book/chapters.ipynb #5cbb9e87
 def read_values(path: Path) -> dict:
     """The flat mapping in a YAML file. ValueError: not readable, no valid YAML, or not flat."""
     import yaml
@@ -264,7 +264,7 @@ def read_values(path: Path) -> dict:
             raise ValueError(f"{path} must be flat, but {name} holds {value!r}")
     return values
 
-
+# %% ../../nbs/book/chapters.ipynb #fb0300c1
 def resolve(chapter: Chapter, preset: str = "tiny", values: dict | None = None) -> dict:
     """All parameters of a run except the managed ones: the notebook's, changed by the preset's file, changed by `values`. ValueError: see `check_values`."""
     if preset not in chapter.presets():

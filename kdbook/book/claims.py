@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../../nbs/book/claims.ipynb #5d7fcbc7
+# %% ../../nbs/book/claims.ipynb #5f7272e8
 MIME = "application/vnd.kdbook.record+json"
 
 
@@ -27,7 +27,7 @@ def _plain(name: str, value) -> float:
         raise ValueError(f"{name} must be one number, got {value!r}") from error
     return number
 
-
+# %% ../../nbs/book/claims.ipynb #85ff73d9
 def _publish(entry: dict, text: str) -> None:
     """Show `text`, with `entry` as the machine-readable part of the output; outside of IPython only print it."""
     from IPython import get_ipython
@@ -37,7 +37,7 @@ def _publish(entry: dict, text: str) -> None:
     from IPython.display import publish_display_data
     publish_display_data({MIME: entry, "text/plain": text})
 
-
+# %% ../../nbs/book/claims.ipynb #b2df37fa
 def record(name: str, value) -> None:
     """Nothing; keeps `value` under `name` in the notebook's output and in the run's records. ValueError: an empty name, or not one number."""
     if not name or not isinstance(name, str):
@@ -45,7 +45,7 @@ def record(name: str, value) -> None:
     number = _plain("value", value)
     _publish({"kind": "record", "name": name, "value": number if math.isfinite(number) else str(number)}, f"{name} = {number:.6g}")
 
-
+# %% ../../nbs/book/claims.ipynb #1b7360d7
 def records(values: dict) -> None:
     """Nothing; keeps all numbers of a dict {name: value} at once and shows them as one table. Errors: see `record`."""
     numbers = {name: _plain(name, value) for name, value in values.items()}
@@ -55,7 +55,7 @@ def records(values: dict) -> None:
     _publish({"kind": "records", "values": {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}},
              "\n".join(f"{name:{width}}  {number:.6g}" for name, number in numbers.items()))
 
-
+# %% ../../nbs/book/claims.ipynb #b11c8f78
 def claim(id: str, sentence: str, margin, unit: str = "", paper: str = "") -> None:
     """Nothing; keeps the claim in the notebook's output. `margin > 0` means that it holds in this run.
 
@@ -92,7 +92,7 @@ def read_records(notebook: dict) -> dict:
                 claims.append({"id": entry["id"], "sentence": entry["sentence"], "margin": float(entry["margin"]), "unit": entry["unit"], "paper": entry.get("paper", ""), "cell": number})
     return {"records": kept, "claims": claims}
 
-# %% ../../nbs/book/claims.ipynb #9e1bb384
+# %% ../../nbs/book/claims.ipynb #9d19f029
 VERDICTS = ("reproduced", "inconclusive", "contradicted", "one seed")
 
 
@@ -111,7 +111,7 @@ def interval(margins) -> tuple[float, float, float]:
     half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
-
+# %% ../../nbs/book/claims.ipynb #95f0fe72
 def verdict(margins) -> str:
     """"reproduced", "contradicted" or "inconclusive" by the 95 % interval of the mean margin; "one seed" where there is none."""
     mean, low, high = interval(margins)
@@ -119,7 +119,7 @@ def verdict(margins) -> str:
         return "one seed"
     return "reproduced" if low > 0 else "contradicted" if high < 0 else "inconclusive"
 
-# %% ../../nbs/book/claims.ipynb #69814a37
+# %% ../../nbs/book/claims.ipynb #5404a395
 @dataclass(frozen=True)
 class Row:
     """A claim of a chapter at a preset, over all seeds that were run."""
@@ -140,7 +140,7 @@ class Row:
     cell: int
     paper: str = ""
 
-
+# %% ../../nbs/book/claims.ipynb #d807b743
 def executed(folder: Path, preset: str, chapter: str) -> list[tuple[int, Path, dict]]:
     """The executed notebooks of a chapter as (seed, path, notebook), by seed; failed ones are left out."""
     found = []
@@ -149,7 +149,7 @@ def executed(folder: Path, preset: str, chapter: str) -> list[tuple[int, Path, d
             found.append((int(path.stem[4:]), path, json.loads(path.read_text(encoding="utf-8"))))
     return sorted(found, key=lambda item: item[0])
 
-
+# %% ../../nbs/book/claims.ipynb #c70ff812
 def chapter_rows(folder: Path, preset: str, chapter: str) -> list[Row]:
     """The ledger's rows of one chapter. Seeds run from another version of the notebook or library than the newest run are left out."""
     runs = executed(folder, preset, chapter)
@@ -169,12 +169,12 @@ def chapter_rows(folder: Path, preset: str, chapter: str) -> list[Row]:
     return [Row(chapter, preset, name, about[name]["sentence"], about[name]["unit"], *interval(values), len(values), verdict(values), tuple(values),
                 versions, " ".join(sorted(commits)), about[name]["cell"], about[name]["paper"]) for name, values in margins.items()]
 
-
+# %% ../../nbs/book/claims.ipynb #afade447
 def ledger(folder: Path, preset: str, names) -> list[Row]:
     """The rows of all chapters `names` (ids) at a preset."""
     return [row for name in names for row in chapter_rows(folder, preset, name)]
 
-# %% ../../nbs/book/claims.ipynb #3dbffc3e
+# %% ../../nbs/book/claims.ipynb #7d4ba7f9
 COLUMNS = ("chapter", "preset", "claim", "verdict", "mean", "low", "high", "unit", "seeds", "sentence", "paper", "versions", "commit")
 
 
@@ -190,7 +190,7 @@ def to_csv(rows) -> str:
     writer.writerows([_cell(row[name] if isinstance(row, dict) else getattr(row, name)) for name in COLUMNS] for row in rows)
     return text.getvalue()
 
-
+# %% ../../nbs/book/claims.ipynb #263ea6a5
 def to_markdown(rows) -> str:
     """The rows as a Markdown table."""
     lines = ["| chapter | claim | margin (95 % interval) | seeds | verdict |", "|---|---|---|---|---|"]
@@ -199,7 +199,7 @@ def to_markdown(rows) -> str:
         lines.append(f"| {row.chapter} | {row.sentence} | {row.mean:+.3g}{ends} {row.unit} | {row.seeds} | {row.verdict} |")
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/book/claims.ipynb #af8112bd
 def merge(path: Path, rows: list[Row]) -> int:
     """The number of rows in the CSV file `path` after the rows of the same chapters and presets were replaced by `rows`."""
     kept = []

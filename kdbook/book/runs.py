@@ -32,7 +32,7 @@ from pathlib import Path
 from .chapters import MANAGED, Chapter, book_root, resolve, runs_folder, select
 from .claims import read_records
 
-# %% ../../nbs/book/runs.ipynb #8c35c1d8
+# %% ../../nbs/book/runs.ipynb #d79b6a96
 NUMERICAL = ("torch", "transformers", "numpy")
 PROVENANCE = ("kdbook", *NUMERICAL, "datasets", "accelerate", "scikit-learn", "scipy", "papermill")
 
@@ -44,7 +44,7 @@ def version(package: str) -> str:
     except metadata.PackageNotFoundError:
         return "absent"
 
-
+# %% ../../nbs/book/runs.ipynb #f750bb67
 def imported_modules(code: str, package: str = "") -> set[str]:
     """The kdbook modules that a piece of Python imports, by dotted name. Lines for IPython (%, !) are left out.
 
@@ -62,7 +62,7 @@ def imported_modules(code: str, package: str = "") -> set[str]:
             found.update(f"{base}.{alias.name}" for alias in node.names)
     return {name for name in found if name.split(".")[0] == "kdbook"}
 
-
+# %% ../../nbs/book/runs.ipynb #b311bdc9
 def stripped(code: str) -> str:
     """What a piece of Python does, as the text of its syntax tree without comments and docstrings; the code itself where it holds lines for IPython."""
     try:
@@ -75,7 +75,7 @@ def stripped(code: str) -> str:
             node.body = body[1:]
     return ast.dump(tree)
 
-
+# %% ../../nbs/book/runs.ipynb #26c84406
 @functools.lru_cache(maxsize=1024)
 def _module(path: Path, changed: int, package: str) -> tuple[frozenset[str], str]:
     """The imports of a file of kdbook, and a hash of what it does; read again when the time of its last change, `changed`, is another."""
@@ -86,7 +86,7 @@ def _module(path: Path, changed: int, package: str) -> tuple[frozenset[str], str
 def _module_of(path: Path, name: str) -> tuple[frozenset[str], str]:
     return _module(path, path.stat().st_mtime_ns, name.rpartition(".")[0])
 
-
+# %% ../../nbs/book/runs.ipynb #a1e775ee
 def module_files(names: set[str], package: Path) -> dict[str, Path]:
     """The files of kdbook modules and of all kdbook modules that they import in turn; `package` is the folder of kdbook."""
     files, queue = {}, sorted(names)
@@ -101,7 +101,7 @@ def module_files(names: set[str], package: Path) -> dict[str, Path]:
         files["registry data.json"] = package / "registry" / "data.json"
     return files
 
-
+# %% ../../nbs/book/runs.ipynb #073daee4
 def source_hash(chapter: Chapter) -> str:
     """A SHA-256 of what the chapter's code cells and every kdbook module that they need do; comments and docstrings do not count."""
     code = ["".join(cell["source"]) for cell in chapter.notebook["cells"] if cell["cell_type"] == "code"]
@@ -115,7 +115,7 @@ def source_hash(chapter: Chapter) -> str:
         digest.update(name.encode() + b"\0" + (path.read_bytes() if path.suffix != ".py" else _module_of(path, name)[1].encode()))
     return digest.hexdigest()
 
-
+# %% ../../nbs/book/runs.ipynb #d867f99d
 def hub_revisions(values: dict) -> dict[str, str | None]:
     """The pinned revision, None where there is none, of each data set of the hub that a parameter names ("hub:OWNER/NAME...", alone or in a list)."""
     words = [word for value in values.values() for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
@@ -138,7 +138,7 @@ def device_kind(name: str) -> str:
         return torch.cuda.get_device_name(chosen)
     return chosen.type
 
-# %% ../../nbs/book/runs.ipynb #ba02ae09
+# %% ../../nbs/book/runs.ipynb #4186964d
 def variant(chapter: Chapter, preset: str, values: dict) -> str:
     """The folder name of the parameters in which `values` differ from the preset, such as "steps=50"; empty where nothing differs."""
     base = resolve(chapter, preset)
@@ -147,7 +147,7 @@ def variant(chapter: Chapter, preset: str, values: dict) -> str:
     clean = re.sub(r"[^A-Za-z0-9=,._+-]+", "_", text)
     return clean if len(clean) <= 80 and clean == text else f"{clean[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if text else ""
 
-
+# %% ../../nbs/book/runs.ipynb #b628b919
 class RunError(Exception):
     """A run that failed; the message says chapter, cell, line and reason. `path` is the failed notebook, where there is one."""
 
@@ -178,7 +178,7 @@ def run_folder(chapter: Chapter, preset: str, values: dict, runs: Path) -> Path:
     """The folder of a run's executed notebook."""
     return runs / preset / chapter.id / variant(chapter, preset, values)
 
-# %% ../../nbs/book/runs.ipynb #75da363c
+# %% ../../nbs/book/runs.ipynb #0a4b3d60
 _kernels: dict[int, object] = {}  # running kernels by process id, so that Ctrl-C can end them
 _kernels_lock = threading.Lock()
 _stopping = threading.Event()  # set while Ctrl-C ends the runs: a kernel that dies then is no failure
@@ -191,7 +191,7 @@ def kernel_environment(threads: int, root: Path) -> dict[str, str]:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             "MPLBACKEND": "module://matplotlib_inline.backend_inline", "TQDM_DISABLE": "1"}
 
-
+# %% ../../nbs/book/runs.ipynb #68f648a2
 def _kernel_manager(folder: str):
     """A kernel manager for this Python, with its connection file and sockets in `folder`."""
     from jupyter_client.kernelspec import KernelSpec
@@ -206,7 +206,7 @@ def _kernel_manager(folder: str):
     local = hasattr(__import__("socket"), "AF_UNIX") and os.name == "posix" and len(connection) < 90
     return Kernel(kernel_name="python3", transport="ipc" if local else "tcp", connection_file=connection)
 
-
+# %% ../../nbs/book/runs.ipynb #9841303f
 def _peak_memory(pid: int) -> float:
     """The peak resident memory of a process in MiB, or 0 where it has ended."""
     with contextlib.suppress(OSError, IndexError):
@@ -216,7 +216,7 @@ def _peak_memory(pid: int) -> float:
         return psutil.Process(pid).memory_info().rss / 2**20
     return 0.0
 
-
+# %% ../../nbs/book/runs.ipynb #c7fc0b4b
 def end_kernels() -> None:
     """Nothing; ends every kernel that runs of this process have started, at once."""
     import psutil
@@ -229,7 +229,7 @@ def end_kernels() -> None:
                 with contextlib.suppress(psutil.Error):
                     child.kill()
 
-
+# %% ../../nbs/book/runs.ipynb #9075458b
 def _execute(source: Path, target: Path, parameters: dict, *, threads: int, root: Path, progress: Callable | None, log: bool, state: dict) -> dict:
     """Execute `source` with papermill into `target`, with `target`'s folder as working directory; the executed notebook as a dict."""
     import papermill
@@ -283,7 +283,7 @@ def _execute(source: Path, target: Path, parameters: dict, *, threads: int, root
         papermill_engines._engines.pop(engine, None)
         shutil.rmtree(sockets, ignore_errors=True)
 
-# %% ../../nbs/book/runs.ipynb #6a1a39c0
+# %% ../../nbs/book/runs.ipynb #15eb032b
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -292,7 +292,7 @@ def cell_place(chapter: Chapter, source: str) -> str:
     cells = ["".join(cell["source"]) for cell in chapter.notebook["cells"]]
     return f"cell {cells.index(source) + 1} of {len(cells)}" if source in cells else "the cell with the given parameters"
 
-
+# %% ../../nbs/book/runs.ipynb #424d48c3
 def describe_failure(chapter: Chapter, error) -> str:
     """One message for a papermill execution error: chapter, cell of the source notebook, line, and reason."""
     trace = _ANSI.sub("", "\n".join(error.traceback))
@@ -304,7 +304,7 @@ def describe_failure(chapter: Chapter, error) -> str:
     origin = f" (from {inner[-1][0]}, line {inner[-1][1]})" if inner else ""
     return f"{chapter.id}: {cell_place(chapter, error.source)}, line {number}: {code}\n{error.ename}: {_ANSI.sub('', error.evalue)}{origin}"
 
-# %% ../../nbs/book/runs.ipynb #d14f3439
+# %% ../../nbs/book/runs.ipynb #53bdd01c
 def _git(root: Path) -> dict:
     """The commit of a checkout and whether files differ from it; empty outside of git."""
     def ask(*words):
@@ -314,7 +314,7 @@ def _git(root: Path) -> dict:
     except (OSError, subprocess.SubprocessError):
         return {}
 
-
+# %% ../../nbs/book/runs.ipynb #050af68d
 def _data_used(notebook: dict) -> dict:
     """The data files and hashes that `kdbook.data.load` announced in the outputs."""
     used = {}
@@ -325,7 +325,7 @@ def _data_used(notebook: dict) -> dict:
                 used[entry["name"]] = entry["files"]
     return used
 
-
+# %% ../../nbs/book/runs.ipynb #133d35e7
 def _finished(path: Path, key: str) -> dict | None:
     """The executed notebook at `path` if it is whole and has this key."""
     try:
@@ -336,13 +336,13 @@ def _finished(path: Path, key: str) -> dict | None:
     whole = meta.get("key") == key and all((path.parent / "figures" / name).is_file() for name in meta.get("figures", []))
     return notebook if whole else None
 
-
+# %% ../../nbs/book/runs.ipynb #e45ebf4d
 def _write_json(path: Path, content) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
-
+# %% ../../nbs/book/runs.ipynb #78abe9cd
 def _write_records(folder: Path) -> None:
     """records.json: the records and claims of every seed in the folder, without anything that differs between equal runs."""
     from filelock import FileLock
@@ -354,13 +354,13 @@ def _write_records(folder: Path) -> None:
                 everything[path.stem] = {"parameters": notebook["metadata"]["kdbook"]["parameters"], **read_records(notebook)}
         _write_json(folder / "records.json", everything)
 
-
+# %% ../../nbs/book/runs.ipynb #b9c76c58
 def threads_for(preset: str, jobs: int) -> int:
     """The threads of one kernel: 1 at tiny, so that its numbers depend neither on the machine's cores nor on --jobs; else cores / jobs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if preset == "tiny" else max(1, cores // jobs)
 
-
+# %% ../../nbs/book/runs.ipynb #a0f72897
 def run(chapter: str | Chapter, preset: str = "tiny", params: dict | None = None, seed: int | None = None, *, runs: Path | str | None = None, force: bool = False,
         threads: int | None = None, progress: Callable | None = None, log: bool = False) -> RunResult:
     """The executed run of a chapter, from the cache where nothing has changed.
@@ -394,7 +394,7 @@ def run(chapter: str | Chapter, preset: str = "tiny", params: dict | None = None
     meta = notebook["metadata"]["kdbook"]
     return RunResult(chapter.id, preset, seed, target, [folder / "figures" / name for name in meta["figures"]], meta["seconds"], cached, **read_records(notebook))
 
-
+# %% ../../nbs/book/runs.ipynb #55289154
 def select_one(name: str) -> Chapter:
     """The one notebook that `name` means. ValueError: none or several."""
     found = select([name])
@@ -402,7 +402,7 @@ def select_one(name: str) -> Chapter:
         raise ValueError(f"{name!r} means {len(found)} chapters; name one: {', '.join(item.id for item in found)}")
     return found[0]
 
-
+# %% ../../nbs/book/runs.ipynb #d7bd553e
 def _make(chapter, preset, values, seed, folder, target, key, source, kind, threads, progress, log) -> dict:
     """Execute a run in a hidden folder and move it into place; the executed notebook."""
     from nbclient.exceptions import DeadKernelError
@@ -456,7 +456,7 @@ def _make(chapter, preset, values, seed, folder, target, key, source, kind, thre
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-# %% ../../nbs/book/runs.ipynb #e7e19078
+# %% ../../nbs/book/runs.ipynb #c90a3b50
 @dataclass(frozen=True)
 class Job:
     """A run to be made."""
@@ -483,7 +483,7 @@ def plan(items, preset: str, params: dict | None = None, seeds: int = 1, seed: i
         jobs += [Job(chapter, preset, given, values.get("seed", 0) + k) for k in range(seeds)]
     return jobs
 
-
+# %% ../../nbs/book/runs.ipynb #32d345b7
 def run_all(jobs: list[Job], *, workers: int = 1, runs: Path | str | None = None, force: bool = False, log: bool = False, executor: Executor | None = None,
             on_cell: Callable | None = None, on_done: Callable | None = None) -> list[RunResult | RunError]:
     """A RunResult or RunError for every job, in order.
