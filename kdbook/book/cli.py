@@ -19,13 +19,13 @@ import typer
 from .chapters import PARTS, SECTIONS, book_root, chapters, nearest, notebooks, runs_folder, select
 from .site import site as build_site
 
-# %% ../../nbs/book/cli.ipynb #84aa225e
+# %% ../../nbs/book/cli.ipynb #abcfee2f
 app = typer.Typer(name="kdbook", help="A book that runs: papers on knowledge distillation and multilingual transfer, one notebook each.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 data_app = typer.Typer(help="The real data sets: list, download, verify.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-
+# %% ../../nbs/book/cli.ipynb #97bba81c
 def console(error: bool = False):
     """A rich console for results, or for messages about trouble."""
     from rich.console import Console
@@ -36,7 +36,7 @@ def complain(message: str) -> None:
     """Nothing; prints a message to the error stream as it is."""
     console(error=True).print(message, markup=False, style="red" if sys.stderr.isatty() else None)
 
-
+# %% ../../nbs/book/cli.ipynb #33c57a3d
 def wrong_use(message) -> typer.Exit:
     """Prints what is wrong and returns the exit with code 2."""
     complain(f"kdbook: {message}")
@@ -107,7 +107,7 @@ class Progress:
             self.bars.remove_task(self.tasks.pop(id(job)))
         self.bars.advance(self.all)
 
-# %% ../../nbs/book/cli.ipynb #e25864c8
+# %% ../../nbs/book/cli.ipynb #06c50bcd
 def read_options(pairs, file: Optional[Path]) -> dict:
     """The values of -p name=value options, on top of those of a YAML file. ValueError: an option without "=" or a file that is not flat."""
     from kdbook.book.chapters import read_values
@@ -119,7 +119,7 @@ def read_options(pairs, file: Optional[Path]) -> dict:
         values[name.strip()] = value.strip()
     return values
 
-
+# %% ../../nbs/book/cli.ipynb #16e69e5b
 def report_outcome(outcome) -> None:
     """Nothing; prints the line of a finished run, or why it failed."""
     from kdbook.book.runs import RunError
@@ -131,7 +131,7 @@ def report_outcome(outcome) -> None:
     how = "unchanged, reused" if outcome.cached else f"{outcome.seconds:.1f} s"
     print(f"{outcome.chapter} {outcome.preset} seed {outcome.seed}: {how}{held}", flush=True)
 
-
+# %% ../../nbs/book/cli.ipynb #6fa0e011
 @app.command()
 def run(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER|PART", help="What to run, such as llm/taid, taid or llm.")] = None,
         everything: Annotated[bool, typer.Option("--all", help="Run every chapter.")] = False,
@@ -185,7 +185,7 @@ def run(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER|PA
         complain(f"{len(failed)} of {len(outcomes)} runs failed")
         raise typer.Exit(1)
 
-
+# %% ../../nbs/book/cli.ipynb #1610c7f9
 def shown_path(path: Path) -> str:
     """A path as one would type it here: relative where it lies below the current folder."""
     here = Path.cwd()
@@ -235,7 +235,7 @@ def report(names: Annotated[Optional[list[str]], typer.Argument(metavar="CHAPTER
     counts = {name: sum(row.verdict == name for row in rows) for name in VERDICTS}
     out.print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
-# %% ../../nbs/book/cli.ipynb #fab0b306
+# %% ../../nbs/book/cli.ipynb #7c1d83c8
 TEMPLATE = [
     ("markdown", "# {title}\n\n> After this chapter you can say what {title} changes about plain distillation, and use it in your own training.\n\n"
                  "**Paper:** authors, *title*, venue, year · arXiv · official code\n\n**Presets:** tiny, under a minute on a laptop\n\n"
@@ -277,7 +277,7 @@ TEMPLATE = [
     ("markdown", "## What to take away\n\n- …\n\n## Exercises\n\n1. …\n\n## Further reading\n\n- …"),
 ]
 
-
+# %% ../../nbs/book/cli.ipynb #5c56b473
 def new_notebook(chapter: str, title: str) -> dict:
     """The notebook of a new chapter, as JSON."""
     import hashlib
@@ -289,7 +289,7 @@ def new_notebook(chapter: str, title: str) -> dict:
         cells.append(cell if kind == "markdown" else {**cell, "execution_count": None, "outputs": []})
     return {"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
 
-
+# %% ../../nbs/book/cli.ipynb #29666776
 @app.command()
 def new(chapter: Annotated[str, typer.Argument(metavar="PART/CHAPTER", help="Such as llm/my_method.")],
         title: Annotated[Optional[str], typer.Option(help="The title; default: the chapter's name.")] = None) -> None:
@@ -318,7 +318,7 @@ def new(chapter: Annotated[str, typer.Argument(metavar="PART/CHAPTER", help="Suc
         raise typer.Exit(1)
     print(f"{shown_path(path)}\nnext: kdbook run {chapter} · edit it with `jupyter lab {shown_path(path)}` · export it with `nbdev_export`")
 
-# %% ../../nbs/book/cli.ipynb #7309b5a6
+# %% ../../nbs/book/cli.ipynb #0b947b60
 def size_text(count: int | None) -> str:
     """A number of bytes as a person reads it."""
     if count is None:
@@ -328,7 +328,7 @@ def size_text(count: int | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
 
-
+# %% ../../nbs/book/cli.ipynb #2ba1342c
 @data_app.command("list")
 def data_list(hub: Annotated[bool, typer.Option("--hub", help="Show the data sets of the Hugging Face hub that paper presets name, too.")] = False) -> None:
     """Show every data set with size, licence, citation and whether it is cached."""
@@ -341,7 +341,7 @@ def data_list(hub: Annotated[bool, typer.Option("--hub", help="Show the data set
         print(f"{'':{width}}  {item.citation}")
     print(f"cache: {cache_folder()} (set KDBOOK_DATA to use another folder)")
 
-
+# %% ../../nbs/book/cli.ipynb #11e6f9fc
 @data_app.command("get")
 def data_get(names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME", help="Data sets to download.")] = None,
              everything: Annotated[bool, typer.Option("--all", help="Download all of them.")] = False,
@@ -373,7 +373,7 @@ def data_get(names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME"
         raise typer.Exit(1)
     print(f"in {cache_folder()}")
 
-
+# %% ../../nbs/book/cli.ipynb #61fa7740
 @data_app.command("verify")
 def data_verify(names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME", help="Data sets to verify; default: all that are cached.")] = None) -> None:
     """Compare every cached file with its hash."""
@@ -394,7 +394,8 @@ def data_verify(names: Annotated[Optional[list[str]], typer.Argument(metavar="NA
     if bad:
         raise typer.Exit(1)
 
-# %% ../../nbs/book/cli.ipynb #07cdc8c8
+# %% ../../nbs/book/cli.ipynb #a48fdf3e
+#| output: false
 app.command("site")(build_site)
 
 # %% ../../nbs/book/cli.ipynb #1760b52b

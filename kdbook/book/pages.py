@@ -24,7 +24,7 @@ from .chapters import PARTS, SECTIONS, Chapter, notebooks
 from .claims import MIME, Row
 from .runs import stripped
 
-# %% ../../nbs/book/pages.ipynb #49f937f2
+# %% ../../nbs/book/pages.ipynb #0a245d91
 @dataclass(frozen=True)
 class Name:
     """An exported function, class or constant."""
@@ -56,7 +56,7 @@ class Module:
         """The page of the API reference, from the site's top."""
         return f"api/{self.module.removeprefix('kdbook.').replace('.', '/')}.html"
 
-
+# %% ../../nbs/book/pages.ipynb #1a125ff6
 def _signature(node: ast.AST) -> str:
     """The call of a function or the constructor of a class, as source text."""
     if isinstance(node, ast.ClassDef):
@@ -70,7 +70,7 @@ def _signature(node: ast.AST) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"{node.name}({ast.unparse(node.args)}){returns}"
 
-
+# %% ../../nbs/book/pages.ipynb #e82e0e27
 def _described(node: ast.AST) -> Name | None:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         methods = ()
@@ -84,14 +84,14 @@ def _described(node: ast.AST) -> Name | None:
         return Name(target.id, "constant", text if len(text) <= 200 else f"{target.id} = …", "")
     return None
 
-
+# %% ../../nbs/book/pages.ipynb #fa8f0ee2
 def read_module(source: str) -> tuple[str, tuple[Name, ...]]:
     """The docstring and the public names of a module's source, in its order. SyntaxError: no Python."""
     tree = ast.parse(source)
     found = {name.name: name for name in map(_described, tree.body) if name and not name.name.startswith("_")}
     return ast.get_docstring(tree) or "", tuple(found.values())
 
-# %% ../../nbs/book/pages.ipynb #e24eec34
+# %% ../../nbs/book/pages.ipynb #384ec12a
 def exported_module(chapter: Chapter) -> str | None:
     """The dotted name of the module that a notebook exports, or None."""
     for cell in chapter.notebook["cells"]:
@@ -100,7 +100,7 @@ def exported_module(chapter: Chapter) -> str | None:
             return f"kdbook.{found.group(1)}"
     return None
 
-
+# %% ../../nbs/book/pages.ipynb #73f048ba
 def modules(root: Path) -> list[Module]:
     """The modules of the book in the order of its notebooks; a notebook whose module file is not there is left out."""
     found = []
@@ -111,13 +111,13 @@ def modules(root: Path) -> list[Module]:
             found.append(Module(chapter.id, name, chapter.title, *read_module(path.read_text(encoding="utf-8"))))
     return found
 
-# %% ../../nbs/book/pages.ipynb #723bbd61
+# %% ../../nbs/book/pages.ipynb #289fe8d2
 def relative(target: str, page: str) -> str:
     """The link from `page` to `target`; both are paths from the site's top, and `target` may end with an #anchor."""
     path, mark, anchor = target.partition("#")
     return posixpath.relpath(path, posixpath.dirname(page) or ".") + mark + anchor
 
-
+# %% ../../nbs/book/pages.ipynb #ccc870f1
 def _outside_code(text: str, change) -> str:
     """`text` with `change` applied to every line that is in no fenced block."""
     lines, fence = [], ""
@@ -130,7 +130,7 @@ def _outside_code(text: str, change) -> str:
             lines.append(line if fence else change(line))
     return "\n".join(lines)
 
-
+# %% ../../nbs/book/pages.ipynb #d633201a
 def known_names(source_cells: list[str], own: Module | None, everything: list[Module]) -> dict[str, str]:
     """Where each name that a page may link leads: {name: page#anchor}; the page's own names, those it imports, and full dotted names."""
     by_name = {module.module: module for module in everything}
@@ -151,7 +151,7 @@ def known_names(source_cells: list[str], own: Module | None, everything: list[Mo
         known.update({name.name: f"#{name.name}" for name in own.names})
     return known
 
-
+# %% ../../nbs/book/pages.ipynb #26afc2d7
 def link_names(text: str, page: str, known: dict[str, str]) -> str:
     """`text` in which names in code font are links to their definitions; headings, links and fenced blocks stay as they are."""
     def change(line: str) -> str:
@@ -189,13 +189,13 @@ def link_pages(text: str, page: str, pages: set[str], github: str, lost: list[st
 
     return _outside_code(text, lambda line: re.sub(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)", one, line))
 
-# %% ../../nbs/book/pages.ipynb #1513092b
+# %% ../../nbs/book/pages.ipynb #49b251d5
 def slug(text: str) -> str:
     """The identifier that pandoc gives to a heading."""
     text = re.sub(r"\$([^$]*)\$", r"\1", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
     return re.sub(r"^[^a-zà-ÿ]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())) or "section"
 
-
+# %% ../../nbs/book/pages.ipynb #1c19dcee
 def distinct_headings(text: str, names: set[str]) -> str:
     """`text` whose headings have no identifier that is in `names`."""
     def change(line: str) -> str:
@@ -234,7 +234,7 @@ def cell_role(source: str, tags=()) -> str:
         return "figure"
     return "method"
 
-# %% ../../nbs/book/pages.ipynb #0e029352
+# %% ../../nbs/book/pages.ipynb #e9755265
 HEAVY = 250_000  # bytes above which a PNG is the better choice
 
 
@@ -253,24 +253,24 @@ class Page:
     def url(self) -> str:
         return self.target.removesuffix(".qmd") + ".html"
 
-
+# %% ../../nbs/book/pages.ipynb #92a14f61
 def fenced(text: str, kind: str = "") -> str:
     """`text` as a fenced block that nothing in it can close."""
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     mark = "`" * (longest + 1)
     return f"{mark}{kind}\n{text.rstrip()}\n{mark}"
 
-
+# %% ../../nbs/book/pages.ipynb #ce302aa7
 def attribute(text: str) -> str:
     """`text` for use in double quotes in Markdown attributes and HTML."""
     return html.escape(" ".join(text.split()), quote=True)
 
-
+# %% ../../nbs/book/pages.ipynb #571e33fa
 def folded(summary: str, body: str) -> str:
     """`body` behind a line that opens it."""
     return f'<details class="kd-fold"><summary>{html.escape(summary)}</summary>\n\n{body}\n\n</details>'
 
-
+# %% ../../nbs/book/pages.ipynb #92ba2305
 def figure_file(folder: Path, seed: int, name: str, png: str) -> tuple[str, "Path | bytes"]:
     """File name and content of a figure: the run's SVG if it is light and has no pixels, else its PNG, else the notebook's own PNG."""
     svg, pixels = folder / f"seed{seed}-{name}.svg", folder / f"seed{seed}-{name}.png"
@@ -278,7 +278,7 @@ def figure_file(folder: Path, seed: int, name: str, png: str) -> tuple[str, "Pat
         return f"{name}.svg", svg
     return f"{name}.png", pixels if pixels.is_file() else base64.b64decode(png)
 
-# %% ../../nbs/book/pages.ipynb #f50a5db0
+# %% ../../nbs/book/pages.ipynb #69c3adf2
 DOTS = {"reproduced": "●", "inconclusive": "◐", "contradicted": "○", "one seed": "·"}
 
 
@@ -296,7 +296,7 @@ def dot(verdict: str) -> str:
     """A verdict as a mark that does not depend on colour, with its name for screen readers."""
     return f'<span class="kd-dot kd-{verdict.replace(" ", "-")}" role="img" aria-label="{verdict}" title="{verdict}">{DOTS[verdict]}</span>'
 
-
+# %% ../../nbs/book/pages.ipynb #a348478e
 def claim_anchor(id: str) -> str:
     """The anchor of a claim on its chapter's page."""
     return "claim-" + re.sub(r"[^\w.-]+", "-", id)
@@ -314,14 +314,14 @@ def claims_table(entries: list[dict], rows: dict[str, Row]) -> str:
                      f'<td><span class="kd-number">{signed(margin)}</span> {html.escape(entry["unit"])}<br><small>{held}</small></td><td class="kd-verdict">{verdict}</td></tr>')
     return "\n".join([*lines, "</tbody></table>"])
 
-
+# %% ../../nbs/book/pages.ipynb #34abc52e
 def records_table(values: dict) -> str:
     """Named numbers as an HTML table."""
     lines = ['<div class="kd-scroll"><table class="kd-records"><thead><tr><th scope="col">number</th><th scope="col">value</th></tr></thead><tbody>']
     lines += [f'<tr><td>{html.escape(name)}</td><td class="kd-number">{number(float(value))}</td></tr>' for name, value in values.items()]
     return "\n".join([*lines, "</tbody></table></div>"])
 
-
+# %% ../../nbs/book/pages.ipynb #ba2a50f8
 def outputs_text(cell: dict, page: Page, folder: Path | None, seed: int, rows: dict[str, Row]) -> list[str]:
     """The blocks of Markdown for the outputs of a cell; figures are added to `page`."""
     blocks, claims, records, printed = [], [], {}, []
@@ -373,18 +373,18 @@ def outputs_text(cell: dict, page: Page, folder: Path | None, seed: int, rows: d
         blocks.append(f"```{{=html}}\n{claims_table(claims, rows)}\n```")
     return blocks
 
-# %% ../../nbs/book/pages.ipynb #c0397ac6
+# %% ../../nbs/book/pages.ipynb #2339cfa2
 def doc_text(doc: str) -> str:
     """A docstring as Markdown: paragraphs stay, lines are joined, names and symbols in back-quotes stay code."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
     return "\n\n".join(re.sub(r"(?<![`\w])([*_|<>$@\[\]])", r"\\\1", p) if "`" not in p else _escape_outside_code(p) for p in paragraphs)
 
-
+# %% ../../nbs/book/pages.ipynb #e3611dd5
 def _escape_outside_code(text: str) -> str:
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else re.sub(r"([*_|<>$@\[\]~^#])", r"\\\1", part) for part in parts)
 
-
+# %% ../../nbs/book/pages.ipynb #5d86f21b
 def code_text(cell: dict, directives: dict, own: Module | None, page: str) -> list[str]:
     """The blocks of Markdown for the source of a code cell; none where the cell asks not to be shown."""
     lines = [line for line in "".join(cell["source"]).split("\n") if not re.match(r"\s*#\|", line)]
@@ -410,7 +410,7 @@ def code_text(cell: dict, directives: dict, own: Module | None, page: str) -> li
         return [f"::: {{.kd-export}}\n{anchors}[exported to [`{own.module}`]({relative(own.reference, page)})]{{.kd-note}}\n\n{block}\n:::"]
     return [block]
 
-# %% ../../nbs/book/pages.ipynb #2b15dddb
+# %% ../../nbs/book/pages.ipynb #278989a4
 def processed(notebook: dict) -> list[tuple[dict, dict]]:
     """The cells of a notebook after nbdev's processors, each with its directives. ImportError: nbdev is not installed."""
     from execnb.nbio import dict2nb
@@ -427,14 +427,14 @@ def processed(notebook: dict) -> list[tuple[dict, dict]]:
     work.process()
     return [(cell, dict(cell.directives_)) for cell in work.nb.cells]
 
-
+# %% ../../nbs/book/pages.ipynb #2b1053e9
 def front_matter(**values) -> str:
     """A YAML block for the head of a page; empty values are left out."""
     import yaml
     return "---\n" + yaml.safe_dump({name.replace("_", "-"): value for name, value in values.items() if value not in ("", None, [])},
                                     allow_unicode=True, sort_keys=False, width=10_000) + "---\n"
 
-
+# %% ../../nbs/book/pages.ipynb #ef0a9d43
 @dataclass(frozen=True)
 class Surroundings:
     """What a page must know of the book around it."""
@@ -449,7 +449,7 @@ class Surroundings:
     after: tuple[str, str] | None = None
     stale: bool = False  # the run was made from an earlier version of the code
 
-
+# %% ../../nbs/book/pages.ipynb #1cf2010c
 def run_box(chapter: Chapter, around: Surroundings) -> str:
     """The box with the commands that run a chapter."""
     commands = [f"kdbook run {chapter.id}"]
@@ -465,7 +465,7 @@ def run_box(chapter: Chapter, around: Surroundings) -> str:
     return (f"::: {{.kd-box}}\n**Run this {kind}**\n\n{fenced(chr(10).join(commands), 'sh')}\n\n"
             f"[Open in Colab]({colab}/{where}){{.kd-button}} [The notebook on GitHub]({around.github}/{where}){{.kd-button}}\n:::")
 
-
+# %% ../../nbs/book/pages.ipynb #761aa504
 def provenance(meta: dict, chapter: Chapter, commit_url: str, stale: bool = False) -> str:
     """The footer that says how the outputs on the page were made; `meta` is the run's entry in the notebook's metadata, `stale` that code has changed since."""
     if not meta:
@@ -485,7 +485,7 @@ def provenance(meta: dict, chapter: Chapter, commit_url: str, stale: bool = Fals
         facts.append(("note", "the code has changed since this run"))
     return "::: {.kd-provenance}\n**How this page was made.** " + " · ".join(f"{name}: {value}" for name, value in facts if value != "") + "\n:::"
 
-
+# %% ../../nbs/book/pages.ipynb #77d84dea
 def neighbours(page: str, around: Surroundings) -> str:
     """The links to the page before and the page after."""
     links = []
@@ -495,7 +495,7 @@ def neighbours(page: str, around: Surroundings) -> str:
             links.append(f'<a class="kd-{side}" rel="{"prev" if side == "before" else "next"}" href="{relative(item[0] + ".html", page)}">{arrow}{title}</a>')
     return f'```{{=html}}\n<nav class="kd-neighbours" aria-label="previous and next page">{"".join(links)}</nav>\n```' if links else ""
 
-
+# %% ../../nbs/book/pages.ipynb #dfd6506b
 def with_outputs(source: dict, run: dict) -> dict:
     """The notebook `source` with the outputs of `run`, so that a corrected sentence appears without a new run; `run` itself where its code is another."""
     made = [cell for cell in run["cells"] if cell["cell_type"] == "code" and "injected-parameters" not in cell.get("metadata", {}).get("tags", [])]
@@ -505,7 +505,7 @@ def with_outputs(source: dict, run: dict) -> dict:
     outputs = iter(made)
     return {**run, "cells": [{**cell, "outputs": next(outputs).get("outputs", [])} if cell["cell_type"] == "code" else cell for cell in source["cells"]]}
 
-
+# %% ../../nbs/book/pages.ipynb #bb722d73
 def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder: Path | None = None) -> Page:
     """The page of a notebook. `notebook` is the executed one (or the source), `folder` holds the run's figure files."""
     page = Page(f"{chapter.id}.qmd", "")
@@ -550,7 +550,7 @@ def chapter_page(chapter: Chapter, notebook: dict, around: Surroundings, folder:
     page.text = head + "\n" + "\n\n".join(block for block in body if block) + "\n"
     return page
 
-
+# %% ../../nbs/book/pages.ipynb #39bbf48e
 def opening_rest(text: str) -> str:
     """The first cell without what the page shows elsewhere: the title, the promise and the link to Colab."""
     kept = [block for block in re.split(r"\n\s*\n", text) if not block.startswith(("# ", "> ")) and not block.lstrip().startswith("[Open in Colab]")]

@@ -35,7 +35,7 @@ from .claims import VERDICTS, Row, chapter_rows, to_csv
 from .pages import (Module, Page, Surroundings, attribute, chapter_page, claim_anchor, doc_text, dot, fenced, front_matter, link_pages, modules, number, plain_text,
                                relative, signed, slug)
 
-# %% ../../nbs/book/site.ipynb #db6514c3
+# %% ../../nbs/book/site.ipynb #03902add
 @dataclass(frozen=True)
 class Work:
     """An entry of references.bib."""
@@ -49,7 +49,7 @@ class Work:
     def title(self) -> str:
         return re.sub(r"[{}]", "", self.fields.get("title", self.key))
 
-
+# %% ../../nbs/book/site.ipynb #30cb4521
 def read_bibtex(text: str) -> dict[str, Work]:
     """The entries of a BibTeX file by key; one field a line, values in braces. ValueError: an entry that does not read like that, or a key twice."""
     works: dict[str, Work] = {}
@@ -65,7 +65,7 @@ def read_bibtex(text: str) -> dict[str, Work]:
         works[head.group(2)] = Work(head.group(2), head.group(1).lower(), fields, block)
     return works
 
-# %% ../../nbs/book/site.ipynb #28bc44e5
+# %% ../../nbs/book/site.ipynb #514b44b3
 @dataclass(frozen=True)
 class Book:
     """Everything the pages are made from."""
@@ -86,7 +86,7 @@ class Book:
     def missing(self) -> list[str]:
         return [chapter.id for chapter in self.chapters if chapter.id not in self.executed]
 
-
+# %% ../../nbs/book/site.ipynb #430e36cb
 def committed_rows(root: Path) -> list[Row]:
     """The rows of the committed ledger, the CSV files in `results`."""
     found = []
@@ -98,7 +98,7 @@ def committed_rows(root: Path) -> list[Row]:
                                  (), line["versions"], line["commit"], 0, line.get("paper", "")))
     return found
 
-
+# %% ../../nbs/book/site.ipynb #bbcff191
 def all_rows(root: Path, runs: Path, items) -> list[Row]:
     """The ledger of the site: committed rows and those of the runs at hand; of two rows about one claim, the one with more seeds, else the run."""
     best = {(row.chapter, row.preset, row.claim): row for row in committed_rows(root)}
@@ -112,14 +112,14 @@ def all_rows(root: Path, runs: Path, items) -> list[Row]:
     presets = {name: i for i, name in enumerate(("tiny", "real", "paper"))}
     return sorted((row for row in best.values() if row.chapter in order), key=lambda row: (order[row.chapter], presets.get(row.preset, len(presets)), row.preset))
 
-
+# %% ../../nbs/book/site.ipynb #8e245793
 def stale_runs(items, executed: dict[str, Path]) -> list[str]:
     """The ids whose executed notebook was made from other code than the notebook and the library hold now."""
     from kdbook.book.runs import source_hash
     made = {id: json.loads(path.read_text(encoding="utf-8"))["metadata"].get("kdbook", {}).get("source") for id, path in executed.items()}
     return [chapter.id for chapter in items if chapter.id in made and made[chapter.id] != source_hash(chapter)]
 
-
+# %% ../../nbs/book/site.ipynb #25ecbed7
 def read_book(root: Path | None = None, runs: Path | None = None, preset: str = "tiny") -> Book:
     """The book with its runs. ValueError: an installed copy, in which the site's sources are not there, or a bad references.bib."""
     root = (root or book_root()).resolve()
@@ -141,7 +141,7 @@ def read_book(root: Path | None = None, runs: Path | None = None, preset: str = 
     return Book(root, runs, preset, items, executed, tuple(modules(root)), read_bibtex(bib.read_text(encoding="utf-8")) if bib.is_file() else {},
                 tuple(all_rows(root, runs, items)), known.get("git_url", "https://github.com/kdbook/kdbook"), known.get("branch", "main"), tuple(stale_runs(items, executed)))
 
-# %% ../../nbs/book/site.ipynb #a4bdccdc
+# %% ../../nbs/book/site.ipynb #8b18cc56
 def digest(*parts) -> str:
     """A hash of texts, bytes and whatever `repr` describes completely."""
     total = hashlib.sha256()
@@ -150,7 +150,7 @@ def digest(*parts) -> str:
         total.update(len(data).to_bytes(8, "big") + data)
     return total.hexdigest()
 
-
+# %% ../../nbs/book/site.ipynb #c8fe1771
 def surroundings(book: Book, index: int) -> Surroundings:
     """What the page of the book's notebook number `index` must know of the others."""
     chapter = book.chapters[index]
@@ -160,7 +160,7 @@ def surroundings(book: Book, index: int) -> Surroundings:
                         {work.key: work.text for work in book.works.values()}, tuple(row for row in book.rows if row.chapter == chapter.id and row.preset == book.preset),
                         beside(index - 1), beside(index + 1), chapter.id in book.stale)
 
-
+# %% ../../nbs/book/site.ipynb #60679f11
 def notebook_page(book: Book, index: int) -> Page:
     """The page of one notebook, from its run where there is one and else from its source."""
     chapter = book.chapters[index]
@@ -168,7 +168,7 @@ def notebook_page(book: Book, index: int) -> Page:
     notebook = json.loads(path.read_text(encoding="utf-8")) if path else chapter.notebook
     return chapter_page(chapter, notebook, surroundings(book, index), path.parent / "figures" if path else None)
 
-
+# %% ../../nbs/book/site.ipynb #159601ea
 def page_inputs(book: Book, index: int, code: str) -> str:
     """The hash of everything that the page of a notebook depends on."""
     chapter = book.chapters[index]
@@ -179,7 +179,7 @@ def page_inputs(book: Book, index: int, code: str) -> str:
     return digest(code, path.read_bytes(), chapter.path.read_bytes(), sorted(around.pages), names, own.text if own else "", around.rows, around.before, around.after, around.stale,
                   chapter.presets(), book.github, book.branch)
 
-# %% ../../nbs/book/site.ipynb #48589890
+# %% ../../nbs/book/site.ipynb #150079f7
 PATHS = {
     "A newcomer's eight chapters": ("Start here if you have trained networks and never distilled one.",
                                     ["foundations/losses", "foundations/training", "compression/well_read", "compression/minilm", "llm/taid", "selfdistill/self_guidance",
@@ -198,7 +198,7 @@ PATHS = {
                 "multilingual/mnmt_scaling", "multilingual/mixture_inference", "datadistill/krr_st"]),
 }
 
-
+# %% ../../nbs/book/site.ipynb #d810c154
 def reading_path(names: list[str], book: Book, page: str) -> str:
     """A numbered list of chapters; one that is not written yet is named by its paper's title."""
     known = {chapter.id: chapter for chapter in book.chapters}
@@ -211,7 +211,7 @@ def reading_path(names: list[str], book: Book, page: str) -> str:
             lines.append(f"1. *{work.title if work else id}* (in preparation)")
     return "\n".join(lines)
 
-
+# %% ../../nbs/book/site.ipynb #d70a238d
 def home_page(book: Book) -> Page:
     """The front page, from nbs/index.ipynb."""
     page = Page("index.qmd", "")
@@ -232,7 +232,7 @@ def home_page(book: Book) -> Page:
                              toc=False) + "\n" + "\n\n".join([blocks[0], hero, buttons, counts, *blocks[1:], "## Reading paths\n\n" + names]) + "\n"
     return page
 
-# %% ../../nbs/book/site.ipynb #a9d459fb
+# %% ../../nbs/book/site.ipynb #01fff4c6
 def card(chapter: Chapter, page: Page | None, meta: dict, rows: list[Row], *, heading: str = "h3") -> str:
     """The card of a chapter as HTML."""
     image = ""
@@ -245,7 +245,7 @@ def card(chapter: Chapter, page: Page | None, meta: dict, rows: list[Row], *, he
     return (f'<article class="kd-card">{image}<div><{heading}><a href="{chapter.id}.html">{html.escape(plain_text(chapter.title))}</a></{heading}>'
             f'<p>{html.escape(plain_text(chapter.promise))}</p><p class="kd-small">{time}' + (f' · <span class="kd-dots">{dots}</span> <span>{counted}</span>' if rows else "") + "</p></div></article>")
 
-
+# %% ../../nbs/book/site.ipynb #d713e228
 def gallery_page(book: Book, pages: dict[str, Page], metas: dict[str, dict]) -> Page:
     """Every notebook as a card, by part."""
     blocks = []
@@ -258,12 +258,12 @@ def gallery_page(book: Book, pages: dict[str, Page], metas: dict[str, dict]) -> 
     return Page("gallery.qmd", front_matter(title="Gallery", description="Every chapter with its main figure, its promise and its verdicts.", toc=True)
                 + "\n" + "\n\n".join([legend, *blocks]) + "\n")
 
-# %% ../../nbs/book/site.ipynb #b8863cc9
+# %% ../../nbs/book/site.ipynb #8417fbe6
 def interval_text(row: Row) -> str:
     """The 95 % interval of a row; empty for one seed."""
     return "" if math.isnan(row.low) else f"[{number(row.low)}, {number(row.high)}]"
 
-
+# %% ../../nbs/book/site.ipynb #8b2c42dd
 def ledger_table(book: Book) -> str:
     """All rows as an HTML table that can be sorted and filtered."""
     titles = {chapter.id: plain_text(chapter.title) for chapter in book.chapters}
@@ -281,7 +281,7 @@ def ledger_table(book: Book) -> str:
                      f'<td class="kd-number" data-value="{row.seeds}">{row.seeds}</td><td class="kd-verdict">{dot(row.verdict)} {row.verdict}</td><td>{html.escape(row.preset)}</td></tr>')
     return "\n".join([*lines, "</tbody></table></div>"])
 
-
+# %% ../../nbs/book/site.ipynb #b1564954
 def forest_plot(rows: list[Row], title: str) -> bytes:
     """A forest plot of the rows as SVG: a point and an interval for each, on the scale of its own largest end."""
     import matplotlib as mpl
@@ -309,7 +309,7 @@ def forest_plot(rows: list[Row], title: str) -> bytes:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
-
+# %% ../../nbs/book/site.ipynb #7cc3b570
 def ledger_page(book: Book) -> Page:
     """The ledger with table, filters and CSV; it shows the forest plots that `stage` draws beside it."""
     page = Page("ledger.qmd", "")
@@ -347,7 +347,7 @@ with no effect at all would be called reproduced in 2.5 % of the cases. [Claims]
         [f"{len(book.rows)} claims: {counts}. [Download as CSV](ledger.csv). How [verdicts are made](#how-a-verdict-is-made).", form, table, how, "## Forest plots\n\nA diamond is a single seed, without an interval.", *plots]) + "\n"
     return page
 
-# %% ../../nbs/book/site.ipynb #9b4915e0
+# %% ../../nbs/book/site.ipynb #250131bf
 def module_page(module: Module) -> Page:
     """The reference page of a module."""
     target = module.reference.removesuffix(".html") + ".qmd"
@@ -358,7 +358,7 @@ def module_page(module: Module) -> Page:
         blocks += [f"**Method** `{method.name}`\n\n::: {{.kd-signature}}\n{fenced(method.signature, 'python')}\n:::\n\n{doc_text(method.doc)}" for method in name.methods]
     return Page(target, front_matter(title=module.module, description=f"Reference of {module.module}") + "\n" + "\n\n".join(block for block in blocks if block) + "\n")
 
-
+# %% ../../nbs/book/site.ipynb #1ca947e4
 def reference_page(book: Book) -> Page:
     """The list of all exported names."""
     blocks = ["Every name that the book exports, with its first sentence. A module's page has signatures and full descriptions."]
@@ -369,20 +369,20 @@ def reference_page(book: Book) -> Page:
             blocks.append(f"## [{module.module}]({path}) {{#{module.module.replace('.', '-')}}}\n\n" + "\n".join(lines))
     return Page("api/index.qmd", front_matter(title="API reference", description="Every exported name with signature, description and chapter.") + "\n" + "\n\n".join(blocks) + "\n")
 
-
+# %% ../../nbs/book/site.ipynb #d137d66f
 def reading_page(book: Book) -> Page:
     """The reading paths."""
     blocks = [f"## {name}\n\n{text}\n\n{reading_path(ids, book, 'reading.html')}" for name, (text, ids) in PATHS.items()]
     return Page("reading.qmd", front_matter(title="Reading paths", description="Orders in which to read the book.") + "\n" + "\n\n".join(blocks) + "\n")
 
-
+# %% ../../nbs/book/site.ipynb #30197887
 def bibliography_page(book: Book) -> Page:
     """All works, those of chapters with a link to the chapter."""
     lines = [f"- [{plain_text(c.title)}]({c.id}.html): @{c.id.split('/')[1]}" for c in book.chapters if c.part in PARTS and c.id.split("/")[1] in book.works]
     text = "\n".join(["## Papers of the chapters", "", *lines, "", "## All works", "", "::: {#refs}", ":::"])
     return Page("bibliography.qmd", front_matter(title="Bibliography", description="Every paper that the book teaches or cites.", nocite="@*") + "\n" + text + "\n")
 
-
+# %% ../../nbs/book/site.ipynb #61452a82
 def part_page(part: str, title: str, book: Book) -> Page:
     """The contents of a part: its notebooks with their promises."""
     items = [f"[{plain_text(chapter.title)}]({chapter.id.split('/')[1]}.html)\n:   {plain_text(chapter.promise)}" for chapter in book.chapters if chapter.part == part]
@@ -441,7 +441,7 @@ def hero_figure(size=(7.2, 2.9), kind: str = "svg") -> bytes:
         figure.savefig(data, format=kind, dpi=160, metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
     return data.getvalue()
 
-# %% ../../nbs/book/site.ipynb #4594865b
+# %% ../../nbs/book/site.ipynb #df70426a
 class MissingRuns(ValueError):
     """Some notebooks have no run; `missing` holds their ids."""
 
@@ -462,7 +462,7 @@ class Staged:
     lost: dict[str, tuple[str, ...]]  # links that lead to no page, by page
     stale: tuple[str, ...] = ()  # notebooks shown as an older version of the code made them
 
-
+# %% ../../nbs/book/site.ipynb #af80c550
 def write_changed(path: Path, content: bytes) -> bool:
     """Whether `path` had to be written to hold `content`."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
@@ -473,13 +473,13 @@ def write_changed(path: Path, content: bytes) -> bool:
     os.replace(temporary, path)
     return True
 
-
+# %% ../../nbs/book/site.ipynb #8d535251
 def own_code() -> str:
     """A hash of the code that makes pages."""
     here = Path(__file__).parent if "__file__" in globals() else book_root() / "kdbook" / "book"
     return digest(*((here / name).read_bytes() for name in ("site.py", "pages.py", "claims.py", "chapters.py")))
 
-
+# %% ../../nbs/book/site.ipynb #dabaf393
 def stage(runs: Path | None = None, preset: str = "tiny", *, root: Path | None = None, folder: Path | None = None, jobs: int = 1, partial: bool = False) -> Staged:
     """The staged site: every page as Markdown for Quarto, with figures, assets and settings, below `folder` (default `_stage` in the checkout).
 
@@ -577,7 +577,7 @@ def stage(runs: Path | None = None, preset: str = "tiny", *, root: Path | None =
     return Staged(folder, len(book.chapters) + len(extra), tuple(written), tuple(removed), tuple(book.missing),
                   {name: tuple(page.lost) for name, page in pages.items() if page.lost}, book.stale)
 
-# %% ../../nbs/book/site.ipynb #e829b18f
+# %% ../../nbs/book/site.ipynb #39359d2f
 def _visible(text: str) -> tuple[dict, str, str]:
     """Front matter, prose without code, and raw HTML of a staged page."""
     import yaml
@@ -595,7 +595,7 @@ def _visible(text: str) -> tuple[dict, str, str]:
             raw.append(line)
     return yaml.safe_load(head), "\n".join(prose), "\n".join(raw)
 
-
+# %% ../../nbs/book/site.ipynb #322f88f3
 def check(folder: Path) -> list[str]:
     """What is wrong with a staged site, a sentence each: links, anchors, figures, alt texts, citations, navigation; empty if all is well."""
     import yaml
@@ -654,7 +654,7 @@ def check(folder: Path) -> list[str]:
     problems += [f"_quarto.yml: {name} is not there" for name in files if not (folder / name).is_file()]
     return sorted(set(problems))
 
-# %% ../../nbs/book/site.ipynb #e079e159
+# %% ../../nbs/book/site.ipynb #4c76b381
 PLAIN = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <meta name="description" content="{description}"><link rel="icon" href="{top}assets/icon.svg"><link rel="stylesheet" href="{top}assets/kdbook.css">
@@ -671,7 +671,7 @@ main img {{ max-width: 100%; }} main table {{ display: block; overflow-x: auto; 
 {foot}</body></html>
 """
 
-
+# %% ../../nbs/book/site.ipynb #e5148c3f
 def plain(staged: Path, target: Path, pages=None, *, jobs: int = 1) -> list[Path]:
     """The HTML files that pandoc makes of the staged pages (all, or those named) below `target`. FileNotFoundError: no pandoc. ValueError: pandoc warned."""
     if shutil.which("pandoc") is None:
@@ -704,7 +704,7 @@ def plain(staged: Path, target: Path, pages=None, *, jobs: int = 1) -> list[Path
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(one, names))
 
-# %% ../../nbs/book/site.ipynb #57dd7f31
+# %% ../../nbs/book/site.ipynb #2a783bd4
 NO_QUARTO = ("Quarto is not installed, so there is no HTML yet. It is a program and no Python package: get it from quarto.org (Get Started), "
              "`kdbook site --pandoc` makes a plain version with pandoc, and `kdbook site --stage-only` stops here on purpose.")
 
@@ -720,7 +720,7 @@ def render(staged: Path, target: Path) -> None:
         shutil.rmtree(target)
     shutil.copytree(made, target)
 
-
+# %% ../../nbs/book/site.ipynb #5e25c737
 def site(preset: Annotated[str, typer.Option(help="Which runs to show; a notebook without such a run is shown at tiny.")] = "tiny",
          stage_only: Annotated[bool, typer.Option("--stage-only", help="Stop before Quarto.")] = False,
          preview: Annotated[bool, typer.Option("--preview", help="Serve the site and open it in a browser.")] = False,
