@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 
-# %% ../../nbs/book/bench.ipynb #9d186d07
+# %% ../../nbs/book/bench.ipynb #3da5858d
 def in_turns(sides: dict, rounds: int) -> dict[str, list[float]]:
     """The seconds of each of `rounds` calls of every function in `sides`, called in turns after one call each to warm up."""
     for side in sides.values():
@@ -23,7 +23,7 @@ def in_turns(sides: dict, rounds: int) -> dict[str, list[float]]:
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
-
+# %% ../../nbs/book/bench.ipynb #1ec6cb00
 def bench_fit(steps: int = 200, rounds: int = 5, seed: int = 0, device: str = "cpu") -> list[dict]:
     """One row a model: its name, the median milliseconds a step of `fit` and of the loop by hand, and their ratio."""
     import torch
@@ -73,7 +73,7 @@ def bench_fit(steps: int = 200, rounds: int = 5, seed: int = 0, device: str = "c
         rows.append({"model": name, "fit": middle["fit"], "by hand": middle["by hand"], "ratio": middle["fit"] / middle["by hand"]})
     return rows
 
-# %% ../../nbs/book/bench.ipynb #159057e4
+# %% ../../nbs/book/bench.ipynb #f0228f97
 SCRIPT_HEADER = "import matplotlib\nmatplotlib.use('agg')\n"
 
 
@@ -88,7 +88,7 @@ def as_script(chapter: str, parameters: dict | None = None) -> str:
                 blocks.append("\n".join(f"{name} = {value!r}" for name, value in (parameters or {}).items()))
     return "\n\n".join(blocks) + "\n"
 
-
+# %% ../../nbs/book/bench.ipynb #0607a71c
 def bench_run(chapter: str = "llm/taid", rounds: int = 3, **parameters) -> dict:
     """Median seconds of `kdbook run` (a process of its own, nothing cached) and of the chapter as a script, and their difference."""
     import os
