@@ -206,7 +206,8 @@ def test_two_processes_share_one_run(book):
 def test_interrupting_ends_kernels_and_leaves_nothing_half_written(book):
     make_chapter(book, code=("import os\nopen(os.environ['KDBOOK_ROOT'] + '/pid', 'w').write(str(os.getpid()))", "import time\ntime.sleep(120)"))
     code = "from kdbook.book.cli import main\nimport sys\nsys.argv = ['kdbook', 'run', 'demo']\nmain()"
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "KDBOOK_ROOT": str(book)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "KDBOOK_ROOT": str(book)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell lets its background jobs ignore it
     deadline = time.monotonic() + 60
     while not (book / "pid").exists() or not (book / "pid").read_text():
         assert time.monotonic() < deadline and process.poll() is None
