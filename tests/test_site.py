@@ -14,7 +14,7 @@ from kdbook.book import pages, site
 from kdbook.book.chapters import PARTS, SECTIONS, notebooks
 from kdbook.book.claims import MIME, Row
 
-PNG = base64.b64encode(b"not really a picture").decode()
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAQAAAACCAIAAADwyuo0AAAAEElEQVR4nGP8z4AATEhsBgAZNQEDGy9LEgAAAABJRU5ErkJggg=="  # 4 x 2 pixels
 
 
 def shown(data, metadata=None):
@@ -338,3 +338,20 @@ def test_an_installed_copy_has_no_site(tmp_path):
     (tmp_path / "nbs" / "foundations").mkdir(parents=True)
     with pytest.raises(ValueError, match="checkout"):
         site.read_book(tmp_path)
+
+
+def test_thumbnails():
+    """The gallery's pictures fit their card at two pixels a point, keep their shape, stand on white and are not blown up."""
+    import io
+
+    from PIL import Image
+
+    def made(size, colour, **options):
+        stream = io.BytesIO()
+        Image.new("RGBA", size, colour).save(stream, "PNG")
+        return Image.open(io.BytesIO(pages.thumbnail(stream.getvalue(), **options)))
+
+    assert made((2000, 1000), "red").size == (544, 272) and made((1000, 2000), "red").size == (160, 320)
+    assert made((40, 20), "red").size == (40, 20) and made((400, 200), "red", width=100, height=100).size == (100, 50)
+    clear = made((40, 20), (0, 0, 0, 0))
+    assert clear.format == "WEBP" and min(clear.convert("RGB").getpixel((20, 10))) > 250

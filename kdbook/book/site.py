@@ -9,7 +9,7 @@ __all__ = ['PATHS', 'HERO', 'PLAIN', 'NO_QUARTO', 'Work', 'read_bibtex', 'Book',
            'reference_page', 'reading_page', 'bibliography_page', 'part_page', 'quarto_settings', 'hero_figure',
            'MissingRuns', 'Staged', 'write_changed', 'own_code', 'stage', 'check', 'plain', 'render', 'site']
 
-# %% ../../nbs/book/site.ipynb #edbe2281
+# %% ../../nbs/book/site.ipynb #81abd80e
 import configparser
 import csv
 import hashlib
@@ -32,7 +32,7 @@ import typer
 
 from .chapters import PARTS, SECTIONS, Chapter, book_root, chapters, notebooks, runs_folder
 from .claims import VERDICTS, Row, chapter_rows, to_csv
-from .pages import (Module, Page, Surroundings, attribute, chapter_page, claim_anchor, doc_text, dot, fenced, front_matter, link_pages, modules, number, plain_text,
+from .pages import (THUMBNAIL, Module, Page, Surroundings, attribute, chapter_page, claim_anchor, doc_text, dot, fenced, front_matter, link_pages, modules, number, plain_text,
                                relative, signed, slug)
 
 # %% ../../nbs/book/site.ipynb #03902add
@@ -232,13 +232,12 @@ def home_page(book: Book) -> Page:
                              toc=False) + "\n" + "\n\n".join([blocks[0], hero, buttons, counts, *blocks[1:], "## Reading paths\n\n" + names]) + "\n"
     return page
 
-# %% ../../nbs/book/site.ipynb #01fff4c6
+# %% ../../nbs/book/site.ipynb #88d8582a
 def card(chapter: Chapter, page: Page | None, meta: dict, rows: list[Row], *, heading: str = "h3") -> str:
     """The card of a chapter as HTML."""
     image = ""
     if page and page.main is not None:
-        path, alt = page.figures[page.main]
-        image = f'<img src="{path}" alt="{attribute(alt)}" loading="lazy">'
+        image = f'<img src="{chapter.id}_figures/{THUMBNAIL}" alt="{attribute(page.figures[page.main][1])}" loading="lazy">'
     time = f'{meta["seconds"]:.0f} s on {meta.get("device", "cpu")}' if meta else "not run for this site"
     dots = "".join(dot(row.verdict) for row in rows)
     counted = ", ".join(f"{sum(row.verdict == name for row in rows)} {name}" for name in VERDICTS if any(row.verdict == name for row in rows))
