@@ -95,9 +95,9 @@ def test_ledger_filters_and_sorts(browser, address):
     assert shown and set(shown) == {verdict} and page.text_content("#ledger-count").startswith(f"{len(shown)} of")
     page.select_option("[data-filter=verdict]", "")
     for wanted, reverse in (("ascending", False), ("descending", True)):
-        page.click("#ledger th:nth-child(3) button")
-        values = page.eval_on_selector_all("#ledger tbody tr td:nth-child(3)", "cells => cells.map(cell => +cell.dataset.value)")
-        assert values == sorted(values, reverse=reverse) and page.get_attribute("#ledger th:nth-child(3)", "aria-sort") == wanted
+        page.click("#ledger th:nth-child(4) button")
+        values = page.eval_on_selector_all("#ledger tbody tr td:nth-child(4)", "cells => cells.map(cell => +cell.dataset.value)")
+        assert values == sorted(values, reverse=reverse) and page.get_attribute("#ledger th:nth-child(4)", "aria-sort") == wanted
     page.fill("[data-filter=text]", "no such words anywhere")
     assert page.locator("#ledger tbody tr:not([hidden])").count() == 0
     page.close()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'HERO', 'PLAIN', 'NO_QUARTO', 'Work', 'read_bibtex', 'Book', 'committed_rows', 'all_rows', 'stale_runs',
-           'read_book', 'digest', 'surroundings', 'notebook_page', 'page_inputs', 'reading_path', 'home_page', 'card',
-           'gallery_page', 'interval_text', 'ledger_table', 'forest_plot', 'ledger_page', 'module_page',
-           'reference_page', 'reading_page', 'bibliography_page', 'part_page', 'quarto_settings', 'hero_figure',
-           'MissingRuns', 'Staged', 'write_changed', 'own_code', 'stage', 'check', 'plain', 'render', 'site']
+           'read_book', 'digest', 'surroundings', 'notebook_page', 'page_inputs', 'reading_path', 'paper_rows',
+           'tallies', 'home_page', 'card', 'gallery_page', 'interval_text', 'ledger_table', 'forest_plot',
+           'ledger_page', 'module_page', 'reference_page', 'reading_page', 'bibliography_page', 'part_page',
+           'quarto_settings', 'hero_figure', 'MissingRuns', 'Staged', 'write_changed', 'own_code', 'stage', 'check',
+           'plain', 'render', 'site']
 
 # %% ../../nbs/book/site.ipynb #81abd80e
 import configparser
@@ -211,7 +212,26 @@ def reading_path(names: list[str], book: Book, page: str) -> str:
             lines.append(f"1. *{work.title if work else id}* (in preparation)")
     return "\n".join(lines)
 
-# %% ../../nbs/book/site.ipynb #d70a238d
+# %% ../../nbs/book/site.ipynb #2bdc29d5
+def paper_rows(book: Book) -> list[Row]:
+    """The rows of the ledger that belong to chapters about papers."""
+    return [row for row in book.rows if row.chapter.split("/")[0] in PARTS]
+
+
+def tallies(book: Book) -> list[str]:
+    """A phrase for each preset, in the ledger's order: how many claims, and how many of them have which verdict."""
+    rows = paper_rows(book)
+    phrases = []
+    for preset in dict.fromkeys(row.preset for row in sorted(rows, key=lambda row: ("tiny", "real", "paper").index(row.preset) if row.preset in ("tiny", "real", "paper") else 3)):
+        mine = [row for row in rows if row.preset == preset]
+        if all(row.seeds == 1 for row in mine):
+            verdicts = f"with one seed: {sum(row.mean > 0 for row in mine)} above zero"
+        else:
+            verdicts = ", ".join(f"{sum(row.verdict == name for row in mine)} {name}" for name in VERDICTS if any(row.verdict == name for row in mine))
+        phrases.append(f"{len(mine)} claim{'s' * (len(mine) != 1)} at the preset *{preset}*, {verdicts}")
+    return phrases
+
+# %% ../../nbs/book/site.ipynb #3f46595c
 def home_page(book: Book) -> Page:
     """The front page, from nbs/index.ipynb."""
     page = Page("index.qmd", "")
@@ -224,7 +244,7 @@ def home_page(book: Book) -> Page:
         elif source and cell["cell_type"] == "code":
             blocks.append(fenced(source, "python"))
     hero = '![](assets/hero.svg){.kd-hero fig-alt="' + attribute(HERO) + '"}'
-    counts = f"{len([c for c in book.chapters if c.part in PARTS])} chapters, {len(book.rows)} claims in the [ledger](ledger.html)."
+    counts = f"{len([c for c in book.chapters if c.part in PARTS])} chapters. In the [ledger](ledger.html): {'; '.join(tallies(book)) or 'nothing yet'}."
     buttons = ("::: {.kd-buttons}\n[See all chapters](gallery.html){.kd-button} [Did the claims hold?](ledger.html){.kd-button} "
                "[Where to start](reading.html){.kd-button} [Play with a temperature](explore/temperature.html){.kd-button}\n:::")
     names = "\n".join(f"- [{name}](reading.html#{slug(name)}): {text}" for name, (text, _) in PATHS.items())
@@ -262,22 +282,22 @@ def interval_text(row: Row) -> str:
     """The 95 % interval of a row; empty for one seed."""
     return "" if math.isnan(row.low) else f"[{number(row.low)}, {number(row.high)}]"
 
-# %% ../../nbs/book/site.ipynb #8b2c42dd
+# %% ../../nbs/book/site.ipynb #3eb5a7dc
 def ledger_table(book: Book) -> str:
     """All rows as an HTML table that can be sorted and filtered."""
     titles = {chapter.id: plain_text(chapter.title) for chapter in book.chapters}
-    head = "".join(f'<th scope="col" data-kind="{kind}">{name}</th>' for name, kind in (("chapter", "text"), ("claim", "text"), ("in the paper", "text"), ("margin", "number"), ("95 % interval", "number"),
-                                                                                      ("seeds", "number"), ("verdict", "text"), ("preset", "text")))
+    head = "".join(f'<th scope="col" data-kind="{kind}">{name}</th>' for name, kind in (("chapter", "text"), ("claim", "text"), ("verdict", "text"), ("margin", "number"), ("95 % interval", "number"),
+                                                                                      ("in the paper", "text"), ("seeds", "number"), ("preset", "text")))
     from kdbook.book.claims import read_records
     made = {chapter: {entry["id"] for entry in read_records(json.loads(path.read_text(encoding="utf-8")))["claims"]} for chapter, path in book.executed.items()}  # claims that the pages hold
     lines = [f'<div class="kd-scroll"><table id="ledger" class="kd-ledger"><thead><tr>{head}</tr></thead><tbody>']
-    for row in book.rows:
+    for row in paper_rows(book):
         width = "" if math.isnan(row.low) else f"{row.high - row.low:.6g}"
         lines.append(f'<tr data-part="{row.chapter.split("/")[0]}" data-verdict="{row.verdict}" data-preset="{row.preset}">'
-                     f'<td><a href="{row.chapter}.html" title="{attribute(titles[row.chapter])}">{row.chapter}</a></td>'
-                     f'<td><a href="{row.chapter}.html{"#" + claim_anchor(row.claim) if row.claim in made.get(row.chapter, ()) else ""}">{html.escape(row.sentence)}</a></td><td>{html.escape(row.paper)}</td>'
-                     f'<td class="kd-number" data-value="{row.mean:.6g}">{signed(row.mean)} {html.escape(row.unit)}</td><td class="kd-number" data-value="{width}">{interval_text(row)}</td>'
-                     f'<td class="kd-number" data-value="{row.seeds}">{row.seeds}</td><td class="kd-verdict">{dot(row.verdict)} {row.verdict}</td><td>{html.escape(row.preset)}</td></tr>')
+                     f'<td><a href="{row.chapter}.html" title="{attribute(titles[row.chapter])}">{row.chapter.replace("/", "/<wbr>")}</a></td>'
+                     f'<td><a href="{row.chapter}.html{"#" + claim_anchor(row.claim) if row.claim in made.get(row.chapter, ()) else ""}">{html.escape(row.sentence)}</a></td><td class="kd-verdict">{dot(row.verdict)} {row.verdict}</td>'
+                     f'<td data-value="{row.mean:.6g}"><span class="kd-number">{signed(row.mean)}</span> {html.escape(row.unit)}</td><td class="kd-number" data-value="{width}">{interval_text(row)}</td>'
+                     f'<td>{html.escape(row.paper)}</td><td class="kd-number" data-value="{row.seeds}">{row.seeds}</td><td>{html.escape(row.preset)}</td></tr>')
     return "\n".join([*lines, "</tbody></table></div>"])
 
 # %% ../../nbs/book/site.ipynb #b1564954
@@ -308,11 +328,10 @@ def forest_plot(rows: list[Row], title: str) -> bytes:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
-# %% ../../nbs/book/site.ipynb #7cc3b570
+# %% ../../nbs/book/site.ipynb #2980b262
 def ledger_page(book: Book) -> Page:
     """The ledger with table, filters and CSV; it shows the forest plots that `stage` draws beside it."""
     page = Page("ledger.qmd", "")
-    counts = ", ".join(f"{sum(row.verdict == name for row in book.rows)} {name}" for name in VERDICTS)
     parts = {part: [row for row in book.rows if row.chapter.split("/")[0] == part] for part in PARTS}
     options = {"part": [(part, PARTS[part]) for part in parts if parts[part]], "verdict": [(name, name) for name in VERDICTS],
                "preset": [(name, name) for name in sorted({row.preset for row in book.rows})]}
@@ -340,10 +359,10 @@ its 95 % interval by Student's t-distribution. The verdict follows from the inte
 A verdict is about *this book's small experiment*, not about the paper's own tables; where the paper gives a number for the claim, it stands in a column
 of its own, and it was measured with other models and data. A claim that the small scale does not show stays here as what it is. A claim
 with no effect at all would be called reproduced in 2.5 % of the cases. [Claims](book/claims.html) derives and tests the rule."""
-    page.files["ledger.csv"] = to_csv(book.rows).encode()
-    table = f"```{{=html}}\n{ledger_table(book)}\n```" if book.rows else "No chapter has been run yet."
+    page.files["ledger.csv"] = to_csv(paper_rows(book)).encode()
+    table = f"```{{=html}}\n{ledger_table(book)}\n```" if paper_rows(book) else "No chapter has been run yet."
     page.text = front_matter(title="The ledger", description="Every claim of every chapter with its margin, interval and verdict.", page_layout="full") + "\n" + "\n\n".join(
-        [f"{len(book.rows)} claims: {counts}. [Download as CSV](ledger.csv). How [verdicts are made](#how-a-verdict-is-made).", form, table, how, "## Forest plots\n\nA diamond is a single seed, without an interval.", *plots]) + "\n"
+        [f"{'; '.join(tallies(book)) or 'No claims yet'}. [Download as CSV](ledger.csv). How [verdicts are made](#how-a-verdict-is-made).", form, table, how, "## Forest plots\n\nA diamond is a single seed, without an interval.", *plots]) + "\n"
     return page
 
 # %% ../../nbs/book/site.ipynb #250131bf
